@@ -1,0 +1,23 @@
+"""Recursion in depth as a first-class operator in JAX."""
+
+from importlib.metadata import version
+
+from . import (
+    adapters as adapters,
+    depth as depth,
+    flops as flops,
+    gradient as gradient,
+    injection as injection,
+    nn as nn,
+    start as start,
+)
+from ._enumerate import enumerate_signatures as enumerate_signatures
+from ._lift import lift as lift
+from ._loop import Loop as Loop, with_rounds as with_rounds
+from ._recur import chain as chain, compose as compose, recur as recur, Recursion as Recursion
+from ._rewire import rewire as rewire
+from ._signature import Signature as Signature
+from ._trace import trace as trace, Trace as Trace
+
+
+__version__ = version("rinsx")

@@ -1,0 +1,99 @@
+"""Runs a program whose numbers of rounds are Python integers; JAX differentiates it in every mode.
+
+A loop is rolled into a `lax.scan`, with the input of each visit stored and the rest computed again when its
+gradient is due, or unrolled. A loop whose number of rounds is traced is handed to `_tape.py`.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PyTree
+
+from . import _observe, _tape
+from ._program import Env, is_static, last_of, loop_of, number_of_rounds, opens, Place, Program, Rounds, Seq, tally, Visit
+from ._stack import Stack
+from ._unroll import unrolls
+from ._visit import apply, begin, Opening, stop_gradient
+from .gradient import AbstractStorage, Full, Remat
+
+
+class Form(NamedTuple):
+    """What the loops around have settled: what is stored of each visit, and whether the program is rolled."""
+
+    storage: AbstractStorage | None = None
+    rolled: bool = False
+
+
+def run(
+    node: Program,
+    state: PyTree,
+    place: Place,
+    env: Env,
+    form: Form = Form(),
+    opening: Opening | None = None,
+) -> PyTree:
+    """The state after `node`."""
+    if isinstance(node, Visit):
+        storage = form.storage or (Remat() if form.rolled else Full())
+        return storage.wrap(lambda state: apply(node, state, place, env, opening), form.rolled)(state)
+    if isinstance(node, Seq):
+        for part in node.parts:
+            state = run(part, state, place, env, form, opening)
+            place = place.after(tally(part, env))
+            opening = None
+        return state
+    if not is_static(node, env):
+        _observe.refuse(node, env)
+        return _tape.run(node, state, place, env)
+    return _run_rounds(node, state, place, env, form)
+
+
+def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form) -> PyTree:
+    loop = loop_of(node, env)
+    total: int = number_of_rounds(node, env)  # pyright: ignore[reportAssignmentType]
+    if loop is not None and loop.gradient is not None and loop.gradient.storage is not None:
+        form = form._replace(storage=loop.gradient.storage)
+    each = tally(node.body, env)
+    entry = state
+    inside = place.entered(node.loop)
+    if node.first == 0:
+        state = begin(node.loop, state, place, env)
+        state = _observe.round_begins(node, env, state) if _observe.active() else state
+
+    def one(env, entry, form, state, i):
+        opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
+        return run(node.body, state, inside.after(each, i - node.first), env, form, opening)
+
+    def between(low, high, env, entry, state):
+        if _observe.active():
+            for i in range(low, high):
+                state = _observe.round_ends(node, env, i, one(env, entry, form, state, i))
+            return state
+        unroll = high - low <= 1 or _unrolls(node, high - low, state, env, form)
+        inner = form._replace(rolled=form.rolled or not unroll)
+        if unroll:
+            for i in range(low, high):
+                state = one(env, entry, inner, state, i)
+            return state
+        step = lambda state, i: (one(env, entry, inner, state, i), None)
+        return lax.scan(step, state, jnp.arange(low, high, dtype=jnp.int32))[0]
+
+    last = last_of(node, env)
+    if last is None or total <= last:
+        return between(node.first, total, env, entry, state)
+    # What comes before the last rounds is made of constants, so that nothing of it is stored; stopping the gradient
+    # of its result alone would still store it.
+    start = max(total - last, node.first)
+    state = between(node.first, start, stop_gradient(env), stop_gradient(entry), stop_gradient(state))
+    return between(start, total, env, entry, stop_gradient(state))
+
+
+def _unrolls(node: Rounds, rounds: int, state: PyTree, env: Env, form: Form) -> bool:
+    """Whether rounds of a loop are unrolled: as its options say, or as measures best."""
+    loop = loop_of(node, env)
+    if loop is not None and loop.unroll is not None:
+        return loop.unroll
+    depths = [block.depth if isinstance(block, Stack) else 1 for block in env.blocks]
+    visits = rounds * sum(depth * visits for depth, visits in zip(depths, tally(node.body, env).visits))
+    return not form.rolled and unrolls(visits, state)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,350 @@
+"""Runs a loop whose number of rounds is a traced integer: in one executable, doing only the work of the rounds asked for.
+
+Forward, it is a `while` loop. In reverse mode, one `custom_vjp` stands around the whole loop with everything nested in
+it. Its forward pass writes the state before each visit to a tape, one slot a visit; its backward pass walks the same
+program from the end, reads the state, and computes the visit again with its pullback. So a gradient costs what the
+static rematerialised form costs, at any degree of nesting, and its memory is that of the saved states.
+
+A slot is the place of a visit in the program: strides come from the maxima, so that no slot moves with the rounds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import PyTree
+
+from ._declare import trips
+from ._program import (
+    Count,
+    Env,
+    last_of,
+    loop_of,
+    number_of_rounds,
+    opens,
+    Place,
+    Program,
+    restrict,
+    Rounds,
+    Seq,
+    tally,
+    Visit,
+)
+from ._visit import apply, begin, has_start, inexact, Opening
+from .gradient import Full
+
+
+def run(node: Rounds, state: PyTree, place: Place, env: Env) -> PyTree:
+    """The state after `node`."""
+    _check(node, env)
+    return _taped((restrict(node, env), state), node, place)
+
+
+@eqx.filter_custom_vjp
+def _taped(diff, node, place):
+    env, state = diff
+    return _forward(node, (state, None), place, env)[0]
+
+
+@_taped.def_fwd
+def _taped_fwd(perturbed, diff, node, place):
+    del perturbed
+    env, state = diff
+    env = _within_maximum(env)
+    start = Place(place.visits, place.entries, 0)
+    # Broadcast, not zeros: it keeps the sharding of the state, and works for PRNG keys.
+    tape = jtu.tree_map(lambda x: jnp.broadcast_to(x, (_slots(node, env), *x.shape)), state)
+    state, tape = _forward(node, (state, tape), start, env)
+    return state, tape
+
+
+@_taped.def_bwd
+def _taped_bwd(tape, grad, perturbed, diff, node, place):
+    env, state = diff
+    env_diff, env_rest = eqx.partition(env, perturbed[0])
+    zero = lambda x, g: jnp.zeros_like(x) if g is None and x is not None else g
+    grad = jtu.tree_map(zero, inexact(state), grad, is_leaf=lambda x: x is None)
+    start = Place(place.visits, place.entries, 0)
+    zeros = jtu.tree_map(jnp.zeros_like, env_diff)
+    grad, grads, _ = _backward(node, grad, zeros, start, _Walk(env_diff, env_rest, tape), None)
+    return grads, grad
+
+
+#
+# Forwards
+#
+
+
+def _forward(node: Program, carry: tuple[PyTree, PyTree], place: Place, env: Env, opening: Opening | None = None):
+    """The state after `node`, and the tape with the states before each of its visits, if there is a tape."""
+    if isinstance(node, Visit):
+        state, tape = carry
+        return apply(node, state, place, env, opening), _write(tape, place.slot, state)
+    if isinstance(node, Seq):
+        for part in node.parts:
+            carry = _forward(part, carry, place, env, opening)
+            place = _after(part, place, env, carry[1] is not None)
+            opening = None
+        return carry
+
+    state, tape = carry
+    loop = loop_of(node, env)
+    total, kept = _kept(node, env)
+    each = tally(node.body, env)
+    inside = place.entered(node.loop)
+    entry = state
+    if tape is None:
+        kept, slots = total - node.first, 0
+    else:
+        slots = _slots(node.body, env)
+        if _keeps_entry(node, env):
+            tape = _write(tape, place.slot, entry)
+            inside = _skip(inside, 1)
+    if node.first == 0:
+        state = begin(node.loop, state, place, env)
+
+    def one(carry, i):
+        opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
+        at = inside.after(each, i - node.first, (i - (total - kept)) * slots)
+        return _forward(node.body, carry, at, env, opening)
+
+    last = last_of(node, env)
+    if tape is None or last is None:
+        return _repeat(node, env, node.first, total, one, (state, tape), trips_of(node, env))
+    # Early rounds leave no trace: they run without the tape.
+    state, _ = _repeat(node, env, node.first, total - kept, one, (state, None), trips_of(node, env, minus=last))
+    return _repeat(node, env, total - kept, total, one, (state, tape), trips_of(node, env, most=last))
+
+
+#
+# Backwards
+#
+
+
+class _Walk(eqx.Module):
+    """What the way back works with: the differentiated and the other half of the environment, and the tape."""
+
+    diff: Env
+    rest: Env
+    tape: PyTree
+
+    def env(self) -> Env:
+        return eqx.combine(self.diff, self.rest)
+
+
+def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, opening: Opening | None):
+    """Undoes `node`: the gradient of its input state, of the environment, and of the loop input that `opening` injects."""
+    if isinstance(node, Visit):
+        return _backward_visit(node, grad, grads, place, walk, opening)
+    if isinstance(node, Seq):
+        places = [place]
+        for part in node.parts[:-1]:
+            places.append(_after(part, places[-1], walk.env(), True))
+        for part, at in zip(node.parts[:0:-1], places[:0:-1]):
+            grad, grads, _ = _backward(part, grad, grads, at, walk, None)
+        return _backward(node.parts[0], grad, grads, place, walk, opening)
+
+    env = walk.env()
+    loop: Any = loop_of(node, env)
+    total, kept = _kept(node, env)
+    each, slots = tally(node.body, env), _slots(node.body, env)
+    inside = place.entered(node.loop)
+    entry = None
+    if _keeps_entry(node, env):
+        entry = _read(walk.tape, place.slot)
+        inside = _skip(inside, 1)
+
+    def one(carry, j):
+        grad, grads, grad_entry = carry
+        i = total - 1 - j
+        at = inside.after(each, i - node.first, (kept - 1 - j) * slots)
+        opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
+        grad, grads, more = _backward(node.body, grad, grads, at, walk, opening)
+        return grad, grads, _add(grad_entry, more)
+
+    last = last_of(node, env)
+    grad_entry = None if entry is None else jtu.tree_map(jnp.zeros_like, inexact(entry))
+    carry = _repeat(node, env, 0, kept, one, (grad, grads, grad_entry), trips_of(node, env, most=last))
+    grad, grads, grad_entry = carry
+    if last is not None:
+        cut = total > last
+        grad = jtu.tree_map(lambda g: jnp.where(cut, jnp.zeros_like(g), g), grad)
+    if node.first == 0 and has_start(loop):
+        given, kept_as = eqx.partition(entry, eqx.is_inexact_array)
+
+        def start(part, given):
+            env = _with_loop(walk.rest, node.loop, eqx.combine(part, walk.rest.loops[node.loop]))  # pyright: ignore
+            return inexact(begin(node.loop, eqx.combine(given, kept_as), place, env))
+
+        _, pull = jax.vjp(start, walk.diff.loops[node.loop], given)
+        part, grad = pull(grad)
+        grads = _with_loop(grads, node.loop, _add(grads.loops[node.loop], part))
+    return _add(grad, grad_entry), grads, None
+
+
+def _backward_visit(node: Visit, grad, grads: Env, place: Place, walk: _Walk, opening: Opening | None):
+    given, kept_as = eqx.partition(_read(walk.tape, place.slot), eqx.is_inexact_array)
+    entry = entry_kept = None
+    if opening is not None:
+        entry, entry_kept = eqx.partition(opening.entry, eqx.is_inexact_array)
+    block, loop = node.block, None if opening is None else opening.loop
+    # Only what this visit uses is differentiated with it.
+    parts = (
+        None if block is None else walk.diff.blocks[block],
+        None if loop is None else walk.diff.loops[loop],
+        (walk.diff.args, walk.diff.kwargs),
+    )
+
+    def visit(parts, given, entry):
+        env = walk.rest
+        if block is not None:
+            env = _with_block(env, block, eqx.combine(parts[0], env.blocks[block]))
+        if loop is not None:
+            env = _with_loop(env, loop, eqx.combine(parts[1], env.loops[loop]))
+        args, kwargs = eqx.combine(parts[2], (env.args, env.kwargs))
+        env = Env(env.blocks, env.loops, args, kwargs, env.key, env.names)
+        again = None if opening is None else opening._replace(entry=eqx.combine(entry, entry_kept))
+        return inexact(apply(node, eqx.combine(given, kept_as), place, env, again))
+
+    with jax.named_scope("rematted_computation"):
+        _, pull = jax.vjp(visit, parts, given, entry)
+    (of_block, of_loop, of_side), grad, grad_entry = pull(grad)
+    if block is not None:
+        grads = _with_block(grads, block, _add(grads.blocks[block], of_block))
+    if loop is not None:
+        grads = _with_loop(grads, loop, _add(grads.loops[loop], of_loop))
+    args, kwargs = _add((grads.args, grads.kwargs), of_side)
+    return grad, Env(grads.blocks, grads.loops, args, kwargs, grads.key, grads.names), grad_entry
+
+
+def _with_block(env: Env, number: int, value: Any) -> Env:
+    blocks = (*env.blocks[:number], value, *env.blocks[number + 1 :])
+    return Env(blocks, env.loops, env.args, env.kwargs, env.key, env.names)
+
+
+def _with_loop(env: Env, number: Any, value: Any) -> Env:
+    loops = (*env.loops[:number], value, *env.loops[number + 1 :])
+    return Env(env.blocks, loops, env.args, env.kwargs, env.key, env.names)
+
+
+def _add(a: PyTree, b: PyTree) -> PyTree:
+    return a if b is None else jtu.tree_map(jnp.add, a, b)
+
+
+#
+# Loops and the tape
+#
+
+
+def trips_of(node: Rounds, env: Env, minus: int = 0, most: int | None = None):
+    """Declares to the accounting how often the loop runs: its rounds less `minus`, at most `most`."""
+    loop = loop_of(node, env)
+    name = None if loop is None else loop.name
+    return trips(name or "rounds", minus=node.first + minus, most=most)
+
+
+def _repeat(node: Rounds, env: Env, low: Count, high: Count, one: Callable, carry: PyTree, declared) -> PyTree:
+    """`carry = one(carry, i)` for `low <= i < high`, as a `scan` where both are known and as a `while` where not."""
+    loop = loop_of(node, env)
+    if isinstance(low, int) and isinstance(high, int):
+        if loop is not None and loop.unroll:
+            for i in range(low, high):
+                carry = one(carry, i)
+            return carry
+        return lax.scan(lambda c, i: (one(c, i), None), carry, jnp.arange(low, max(low, high), dtype=jnp.int32))[0]
+    with declared:
+        return lax.fori_loop(low, high, lambda i, c: one(c, i), carry)
+
+
+def _kept(node: Rounds, env: Env) -> tuple[Count, Count]:
+    """The number of rounds, and how many of those that run here are recorded."""
+    total = number_of_rounds(node, env)
+    last = last_of(node, env)
+    run = total - node.first
+    if last is None:
+        return total, run
+    return total, min(run, last) if isinstance(run, int) else jnp.minimum(run, last)
+
+
+def _keeps_entry(node: Rounds, env: Env) -> bool:
+    """Whether the way back needs the state that the loop was entered with."""
+    loop = loop_of(node, env)
+    return loop is not None and node.first == 0 and has_start(loop)
+
+
+def _slots(node: Program, env: Env) -> int:
+    """How many states `node` records at most."""
+    if isinstance(node, Visit):
+        return 1
+    if isinstance(node, Seq):
+        return sum(_slots(part, env) for part in node.parts)
+    rounds = number_of_rounds(node, env)
+    if not isinstance(rounds, int):
+        loop: Any = loop_of(node, env)
+        if loop.max is None:
+            raise ValueError(
+                f"reverse mode through a traced number of rounds needs a static maximum, the size of its tape: bind "
+                f"{loop.name}=rx.Loop(..., max=...), or give {loop.name} as a Python integer"
+            )
+        rounds = loop.max
+    last = last_of(node, env)
+    run = max(rounds - node.first, 0)
+    run = run if last is None else min(run, last)
+    return run * _slots(node.body, env) + _keeps_entry(node, env)
+
+
+def _after(node: Program, place: Place, env: Env, recorded: bool) -> Place:
+    return place.after(tally(node, env), slots=_slots(node, env) if recorded else 0)
+
+
+def _skip(place: Place, slots: int) -> Place:
+    return Place(place.visits, place.entries, place.slot + slots)
+
+
+def _write(tape: PyTree, slot: Count, state: PyTree) -> PyTree:
+    if tape is None:
+        return None
+    return jtu.tree_map(lambda t, x: lax.dynamic_update_index_in_dim(t, x, slot, 0), tape, state)
+
+
+def _read(tape: PyTree, slot: Count) -> PyTree:
+    return jtu.tree_map(lambda t: lax.dynamic_index_in_dim(t, slot, 0, keepdims=False), tape)
+
+
+#
+# Checks
+#
+
+
+def _check(node: Program, env: Env) -> None:
+    """Refuses options that a traced number of rounds cannot honour."""
+    if isinstance(node, Seq):
+        for part in node.parts:
+            _check(part, env)
+    elif isinstance(node, Rounds):
+        loop: Any = loop_of(node, env)
+        if loop is not None:
+            if loop.unroll and not loop.static:
+                raise ValueError(f"loop {loop.name} is traced and cannot be unrolled: give its rounds as a Python integer")
+            storage = None if loop.gradient is None else loop.gradient.storage
+            if isinstance(storage, Full) or getattr(storage, "policy", None) is not None:
+                raise ValueError(
+                    f"loop {loop.name} cannot store {storage!r}: around a traced number of rounds only the inputs of "
+                    "visits are stored. Leave gradient= out, give rx.gradient.Remat(), or give the rounds as a Python integer"
+                )
+        _check(node.body, env)
+
+
+def _within_maximum(env: Env) -> Env:
+    """The environment with every traced number of rounds checked against its maximum when the program runs."""
+    loops = list(env.loops)
+    for i, loop in enumerate(loops):
+        if loop is not None and not loop.static and loop.max is not None:
+            message = f"{loop.name} is more rounds than its max={loop.max}, for which its tape has room"
+            rounds: Any = eqx.error_if(loop.rounds, loop.rounds > loop.max, message)  # pyright: ignore
+            loops[i] = eqx.tree_at(lambda loop: loop.rounds, loop, rounds)
+    return Env(env.blocks, tuple(loops), env.args, env.kwargs, env.key, env.names)

@@ -1,0 +1,27 @@
+"""Whether a loop is rolled or unrolled, where nobody has said: what measures best on the backend."""
+
+import jax
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+
+# Measured on CPU (docs/results/operators.md): a loop of a few visits is fastest unrolled with everything stored, a longer one
+# only as long as what it stores stays in the cache. Beyond that, rolled with the input of each visit stored is as fast or
+# faster, many times smaller, and compiles in constant time.
+_FEW = 4
+_MANY = 16
+_CACHE = 2 * 2**20
+
+
+def unrolls(visits: int, state: PyTree) -> bool:
+    """Whether a loop with so many visits in all is unrolled by default.
+
+    **Arguments:**
+
+    - `visits`: the number of layers that the unrolled program would hold.
+    - `state`: the state that the loop carries.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    saved = visits * sum(leaf.size * leaf.dtype.itemsize for leaf in jtu.tree_leaves(state))
+    return visits <= _FEW or (visits <= _MANY and saved <= _CACHE)

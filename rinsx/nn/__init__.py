@@ -1,0 +1,6 @@
+"""Parts that models are made of."""
+
+from .._stack import Stack as Stack
+
+
+__all__ = ["Stack"]

@@ -1,0 +1,123 @@
+"""How gradients flow: stored, rematerialised, truncated. Values always agree; memory falls where it is said to."""
+
+import equinox as eqx
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+import rinsx as rx
+from hypothesis import assume, given
+
+from .helpers import assert_close, blocks, DIM, naive, Noisy, option, OPTIONS, signatures, value_and_grads
+from .test_operators import build, inputs, KEY, rounds, small
+
+
+GRADIENTS = {
+    "none": None,
+    "full": rx.gradient.Full(),
+    "remat": rx.gradient.Remat(),
+    "policy": rx.gradient.Remat(jax.checkpoint_policies.dots_saveable),
+    "last": rx.gradient.Last(2),
+    "last full": rx.gradient.Last(1, rx.gradient.Full()),
+    "last remat": rx.gradient.Last(1, rx.gradient.Remat()),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("unroll", [True, False])
+def test_every_gradient_is_the_naive_one(name, unroll):
+    with jax.enable_x64(True):
+        for options in OPTIONS:
+            model = build("A (B^r A)^s", {"r": 3, "s": 2}, options, gradient=GRADIENTS[name], unroll=unroll)
+            x, scale = inputs()
+            call = lambda model, *args, key: model(*args, key=key)
+            assert_close(
+                eqx.filter_jit(value_and_grads)(call, model, x, scale, KEY), value_and_grads(naive, model, x, scale, KEY)
+            )
+
+
+@given(signatures(), rounds, st.integers(1, 4), st.booleans())
+def test_last_is_the_naive_truncation(text, rounds, last, unroll):
+    assume(small(text, rounds) and rx.Signature(text).exponents)
+    with jax.enable_x64(True):
+        model = build(text, rounds, "inject", gradient=rx.gradient.Last(last), unroll=unroll)
+        x, scale = inputs()
+        call = lambda model, *args, key: model(*args, key=key)
+        assert_close(value_and_grads(call, model, x, scale, KEY), value_and_grads(naive, model, x, scale, KEY))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_last_is_the_two_phase_gradient_written_by_hand(traced):
+    """First run without gradient, then differentiate the rest: `A B^r C` with injection, as latent recurrent thinking does."""
+    with jax.enable_x64(True):
+        a, b, c = blocks("ABC").values()
+        inject = option("inject")["inject"]
+        loop = rx.Loop(7, max=9, inject=inject, gradient=rx.gradient.Last(3))
+        model = rx.compose("A B^r C", {"A": a, "B": b, "C": c}, r=loop)
+        model = rx.with_rounds(model, r=jnp.int32(7)) if traced else model
+        x, _ = inputs()
+
+        def two_phase(diff):
+            a, b, c, inject = diff
+            entry = a(x)
+            state = jnp.zeros_like(entry)
+            for i in range(4):
+                state = jax.tree.map(jax.lax.stop_gradient, b)(
+                    inject_at(jax.lax.stop_gradient(inject), state, jax.lax.stop_gradient(entry), i)
+                )
+            for i in range(4, 7):
+                state = b(inject_at(inject, state, entry, i))
+            return jnp.sum(jnp.sin(c(state)))
+
+        inject_at = lambda inject, state, entry, i: inject(state, entry, i)
+        want = eqx.filter_grad(two_phase)((a, b, c, inject))
+        got = eqx.filter_grad(lambda model: jnp.sum(jnp.sin(model(x))))(model)
+        got = [got.blocks["A"], got.blocks["B"], got.blocks["C"], got.loops["r"].inject]
+        leaves = lambda tree: jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+        assert_close(leaves(got), leaves(want))
+
+
+def temporary(loop, state, block):
+    model = rx.recur(block, loop)
+    step = jax.jit(jax.grad(lambda x: jnp.sum(model(x) ** 2)))
+    return step.lower(state).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_truncation_and_rematerialisation():
+    """Early rounds of `Last` store nothing, and `Remat` stores one state a round."""
+    x = jnp.ones((64, 32))
+    mlp = eqx.nn.MLP(32, 32, 512, 2, key=KEY)
+    block = rx.lift(jax.vmap(mlp))
+    measure = lambda rounds, gradient: temporary(rx.Loop(rounds, unroll=False, gradient=gradient), x, block)
+    full, remat = rx.gradient.Full(), rx.gradient.Remat()
+    assert measure(64, full) > 20 * measure(64, remat)
+    assert measure(64, remat) <= 1.3 * measure(2, remat) + 62 * x.nbytes
+    assert measure(64, rx.gradient.Last(2, full)) <= 1.1 * measure(3, rx.gradient.Last(2, full))
+    assert measure(64, rx.gradient.Last(2, remat)) <= 1.1 * measure(3, rx.gradient.Last(2, remat))
+
+
+def test_a_loop_inherits_storage_from_the_loops_around():
+    """What is stored around a visit is what its innermost loop with an opinion says: seen in the program itself."""
+    inner = lambda gradient: rx.recur(Noisy(KEY), rx.Loop(2, gradient=gradient, unroll=True))
+    program = lambda outer, gradient: str(
+        jax.make_jaxpr(rx.recur(inner(gradient), rx.Loop(2, gradient=outer, unroll=True), name="s"))(jnp.ones(DIM))
+    )
+    full, remat = rx.gradient.Full(), rx.gradient.Remat()
+    assert "remat" not in program(None, None) and "checkpoint" not in program(None, None)
+    assert program(remat, None) != program(None, None)
+    assert program(remat, full) == program(None, full) == program(None, None)
+    assert program(full, remat) == program(remat, None)
+
+
+def test_bad_gradients():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        rx.gradient.Last(0)
+    with pytest.raises(TypeError, match=r"Full\(\) or Remat\(\)"):
+        rx.gradient.Last(1, rx.gradient.Last(1))
+    with pytest.raises(TypeError, match="one of rx.gradient"):
+        rx.Loop(2, gradient="full")
+    with pytest.raises(TypeError, match="adapter"):
+        rx.Loop(2, adapter=3)
+    with pytest.raises(ValueError, match="none of them is given"):
+        rx.Loop(2, on=lambda state: state)
