@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from ._loop import Loop, Rounds
 from ._program import Builder, origin, Program
 from ._run import run
-from ._signature import Signature
+from ._signature import Node, Signature
 from ._visit import as_state
 
 
@@ -27,6 +27,8 @@ class Recursion(eqx.Module):
     """The loops by the names of their exponents."""
     signature: Signature = eqx.field(static=True)
     """Which block is visited when."""
+    # Signatures are equal by meaning; programs that are compiled must tell `A^r A` from `A A^r`, whose adapters differ.
+    tree: Node = eqx.field(static=True)
 
     def __call__(self, state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         """Visits the blocks in the order of the signature.
@@ -61,7 +63,7 @@ def splice(recursion: Recursion, builder: Builder, prefix: str = "") -> Program:
             return splice(block, builder, f"{prefix}{name}.")
         return builder.block(block, prefix + name)
 
-    return builder.add(recursion.signature.tree, recursion.loops, leaf)
+    return builder.add(recursion.tree, recursion.loops, leaf)
 
 
 def compose(signature: str | Signature, blocks: Mapping[str, Callable], **loops: Loop | Rounds) -> Recursion:
@@ -108,7 +110,7 @@ def compose(signature: str | Signature, blocks: Mapping[str, Callable], **loops:
         if not callable(block):
             raise TypeError(f"block {name} is not callable: {block!r}")
     _refuse_shared(blocks)
-    return Recursion(dict(blocks), bound, signature)
+    return Recursion(dict(blocks), bound, signature, signature.tree)
 
 
 def recur(block: Callable, loop: Loop | Rounds, name: str = "r") -> Recursion:

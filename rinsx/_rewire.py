@@ -13,7 +13,7 @@ from ._loop import Loop, Rounds as LoopRounds
 from ._program import Builder, opens, origin, Program, Rounds, Seq, tally, used, Visit
 from ._recur import bind
 from ._run import run
-from ._signature import Signature
+from ._signature import Node, Signature
 from ._visit import checked, Opening, apply
 
 
@@ -30,6 +30,7 @@ class Rewired(eqx.Module):
     """The loops by the names of their exponents."""
     signature: Signature = eqx.field(static=True)
     """Which group is visited when."""
+    tree: Node = eqx.field(static=True)
     stops: tuple[int, ...] = eqx.field(static=True)
     """For each block of the signature, in order, the layer behind its last."""
 
@@ -61,7 +62,7 @@ class Rewired(eqx.Module):
             first, stop = self._span(len(builder.blocks))
             return builder.block(Group(self.layers[first:stop]), name)
 
-        return builder, builder.add(self.signature.tree, self.loops, leaf)
+        return builder, builder.add(self.tree, self.loops, leaf)
 
     def edges(self, i: int) -> tuple[list[Rounds], list[Rounds]]:
         """The loops whose first round begins before layer `i`, and those whose first round ends behind it, inner first."""
@@ -213,7 +214,7 @@ def rewire(
                 "model, and the state that entered it is gone when the further rounds run. Use rx.compose on the layers"
             )
     sizes = _split(len(layers), text, split)
-    rewired = Rewired(layers, bound, signature, tuple(it.accumulate(sizes)))
+    rewired = Rewired(layers, bound, signature, signature.tree, tuple(it.accumulate(sizes)))
     return eqx.tree_at(target, model, rewired, is_leaf=lambda node: node is found)
 
 

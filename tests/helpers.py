@@ -113,7 +113,7 @@ def naive(model: rx.Recursion, state, *args, key=None) -> jax.Array:
         entered[node.exponent] += 1
         last = None if loop.gradient is None else loop.gradient.last
         for i in range(int(loop.rounds)):
-            if last is not None and i == int(loop.rounds) - last:
+            if last is not None and 0 < i == int(loop.rounds) - last:
                 state = jax.lax.stop_gradient(state)
             if loop.inject is not None:
                 state = loop.inject(state, entry, i)

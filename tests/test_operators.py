@@ -184,6 +184,15 @@ def test_jit_vmap_scan_and_a_second_call_does_not_recompile():
     assert_close([scanned], [model(model(x[0]))], 1e-5)
 
 
+def test_equal_signatures_with_options_do_not_share_an_executable():
+    """`A^r A` and `A A^r` are equal by meaning, but their adapters stand at different visits."""
+    run = eqx.filter_jit(lambda model: model(jnp.ones(DIM)))
+    models = [build(text, {"r": 2}, "adapter") for text in ("A^r A", "A A^r")]
+    assert models[0].signature == models[1].signature
+    assert_close([run(model) for model in models], [naive(model, jnp.ones(DIM)) for model in models], 1e-6)
+    assert float(jnp.abs(run(models[0]) - run(models[1])).max()) > 1e-3
+
+
 def test_forward_mode_and_second_derivatives_with_static_rounds():
     with jax.enable_x64(True):
         for unroll in (True, False):

@@ -35,6 +35,5 @@ def nbytes(tree: PyTree) -> int:
     return sum(
         int(leaf.size) * int(leaf.dtype.itemsize)
         for leaf in jtu.tree_leaves(tree)
-        if eqx.is_array(leaf)
-        or isinstance(leaf, (np.ndarray, np.generic, jax.ShapeDtypeStruct))
+        if eqx.is_array(leaf) or isinstance(leaf, (np.ndarray, np.generic, jax.ShapeDtypeStruct))
     )

@@ -140,9 +140,7 @@ class Cost:
             shown = sorted(sorted(by_scope, key=lambda s: -by_scope[s])[: _ROWS - 1])
         cells = _group(self, lambda key: (key[0], key[1]))
         rows = [
-            [scope or "(no scope)"]
-            + [text(cells.get((scope, phase), 0)) for phase in phases]
-            + [text(by_scope[scope])]
+            [scope or "(no scope)"] + [text(cells.get((scope, phase), 0)) for phase in phases] + [text(by_scope[scope])]
             for scope in shown
         ]
         if len(shown) < len(by_scope):
@@ -155,7 +153,7 @@ class Cost:
         rows.append(["total", *totals])
         kinds = _group(self, lambda key: (key[2], key[3]))
         top = sorted(kinds.items(), key=lambda item: -item[1])[:8]
-        share = lambda amount: f"{float(100 * Fraction(amount) / self.total):.2f}%"
+        share = lambda amount: f"{float(100 * Fraction(amount) / (self.total or 1)):.2f}%"
         primitives = [[p, kind, text(n), share(n)] for (p, kind), n in top]
         tables = [tabulate(["scope", *phases, "FLOPs"], rows)]
         if primitives:

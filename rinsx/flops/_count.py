@@ -10,13 +10,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
-import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from .._declare import counted_trips, Declared, declared, place
 from ._cost import Amount, Cost, exact
-from ._declare import counted_trips, Declared, declared, place
 from ._rules import CALLS, COMBINERS, CONTRACTIONS, ELEMENTWISE
 
 
@@ -24,7 +21,7 @@ from ._rules import CALLS, COMBINERS, CONTRACTIONS, ELEMENTWISE
 # from its scope, and a phase of `None` is its phase.
 _Table = dict[tuple[tuple[str, ...], str | None, str, str], Amount]
 _Live = tuple[bool, ...]
-_Parts = list[tuple[_Table, Amount]]
+_Parts = Sequence[tuple[_Table, Amount]]
 
 
 def count(
@@ -89,7 +86,6 @@ def count(
     every `while` loop whose trips are not known, and every name missing from `trips` or
     unknown in it, and says where they stand.
     """
-    fn, args, kwargs = jtu.tree_map(_struct, (fn, args, kwargs))
     closed, *_ = eqx.filter_make_jaxpr(_call)(fn, args, kwargs)
     numbers = {name: operator.index(n) for name, n in (trips or {}).items()}
     if min(numbers.values(), default=0) < 0:
@@ -106,14 +102,8 @@ def count(
 
 
 def _call(fn, args, kwargs):
-    return fn(*args, **kwargs)
-
-
-def _struct(leaf):
-    # Equinox takes NumPy arrays to be static, which would make constants of them.
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return jax.eval_shape(jnp.asarray, leaf)
-    return leaf
+    # Whatever else is returned costs nothing, and need not be comparable.
+    return eqx.filter(fn(*args, **kwargs), eqx.is_array)
 
 
 class _Walker:
@@ -127,8 +117,9 @@ class _Walker:
         self.path: list[JaxprEqn] = []
         self.named: set[str] = set()
         self.missing: dict[str, str] = {}
-        self.unknown: dict[str, list[str]] = {}
-        self.endless: list[str] = []
+        # By the `id` of the equation, which may be visited again when more of its results turn out to be used.
+        self.unknown: dict[str, dict[int, str]] = {}
+        self.endless: dict[int, str] = {}
 
     def walk(self, jaxpr: Jaxpr, live: _Live, outer: Declared) -> tuple[_Table, _Live]:
         """The table of a jaxpr, and which of its inputs are used, given which of its
@@ -157,9 +148,7 @@ class _Walker:
         self.memo[key] = (jaxpr, table, live_ins)
         return table, live_ins
 
-    def _equation(
-        self, eqn: JaxprEqn, live: _Live, here: Declared
-    ) -> tuple[_Parts, Sequence[bool]]:
+    def _equation(self, eqn: JaxprEqn, live: _Live, here: Declared) -> tuple[_Parts, Sequence[bool]]:
         name, params = eqn.primitive.name, eqn.params
         everything = (True,) * len(eqn.invars)
         if name in self.rules:
@@ -192,16 +181,14 @@ class _Walker:
             structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
             inner = jax.make_jaxpr(write_out)(*structs)
             return self._call(_open(inner), eqn, live, here)
-        self.unknown.setdefault(name, []).append(self._where())
+        self.unknown.setdefault(name, {})[id(eqn)] = self._where()
         return [], everything
 
     def _all(self, jaxpr, here: Declared) -> _Table:
         jaxpr = _open(jaxpr)
         return self.walk(jaxpr, (True,) * len(jaxpr.outvars), here)[0]
 
-    def _call(
-        self, inner: Jaxpr, eqn: JaxprEqn, live: _Live, here: Declared
-    ) -> tuple[_Parts, _Live]:
+    def _call(self, inner: Jaxpr, eqn: JaxprEqn, live: _Live, here: Declared) -> tuple[_Parts, _Live]:
         table, live_ins = self.walk(inner, live, here)
         return [(table, _devices(eqn))], live_ins
 
@@ -222,9 +209,7 @@ class _Walker:
         live_ins = live_ins[:num_consts] + carry + live_ins[ends:]
         return [(table, eqn.params["length"])], live_ins
 
-    def _while(
-        self, eqn: JaxprEqn, live: _Live, here: Declared
-    ) -> tuple[_Parts, _Live]:
+    def _while(self, eqn: JaxprEqn, live: _Live, here: Declared) -> tuple[_Parts, _Live]:
         num_cond, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         condition = _open(eqn.params["cond_jaxpr"])
         body = _open(eqn.params["body_jaxpr"])
@@ -246,7 +231,7 @@ class _Walker:
         if here.trips is None:
             trips = 0 if free else counted_trips(eqn)
             if trips is None:
-                self.endless.append(self._where())
+                self.endless[id(eqn)] = self._where()
             return trips or 0
         value, minus, most = here.trips
         if value.isdecimal():
@@ -294,17 +279,15 @@ class _Walker:
     def complain(self) -> None:
         lines = []
         for name, places in sorted(self.unknown.items()):
-            more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
-            lines.append(f"no rule for the primitive `{name}`, {places[0]}{more}")
+            first, *rest = places.values()
+            more = f" (and {len(rest)} more)" if rest else ""
+            lines.append(f"no rule for the primitive `{name}`, {first}{more}")
         if self.unknown:
             name = min(self.unknown)
             lines.append(
-                f'Pass `rules={{"{name}": lambda eqn: flops}}`, which returns FLOPs or '
-                "a pair (matmul, elementwise)."
+                f'Pass `rules={{"{name}": lambda eqn: flops}}`, which returns FLOPs or a pair (matmul, elementwise).'
             )
-        lines += [
-            f"a `while` loop whose trips are not known, {w}" for w in self.endless
-        ]
+        lines += [f"a `while` loop whose trips are not known, {w}" for w in self.endless.values()]
         if self.endless:
             lines.append(
                 "Run it within `flops.trips(8)`, or within `flops.trips('n')` and pass "
@@ -319,8 +302,7 @@ class _Walker:
 
 
 _LIBRARIES = tuple(
-    os.path.dirname(path) + os.sep
-    for path in (str(jax.__file__), str(eqx.__file__), os.path.dirname(__file__))
+    os.path.dirname(path) + os.sep for path in (str(jax.__file__), str(eqx.__file__), os.path.dirname(__file__))
 )
 
 
@@ -371,6 +353,5 @@ def _number(name: str, flops: Any) -> Amount:
         return operator.index(flops)
     except TypeError:
         raise TypeError(
-            f"The rule for `{name}` must return an exact number, or a pair of them; "
-            f"got {flops!r}."
+            f"The rule for `{name}` must return an exact number, or a pair of them; got {flops!r}."
         ) from None

@@ -76,8 +76,7 @@ def spent(cost: Callable[..., Cost | Amount], /, **draws: Any) -> Cost | Amount:
     for name, column in columns.items():
         if column.ndim != 1 or (column.size > 0 and column.dtype.kind not in "iu"):
             raise ValueError(
-                f"`{name}` must be a sequence of integers, one a step; got shape "
-                f"{column.shape} of {column.dtype}."
+                f"`{name}` must be a sequence of integers, one a step; got shape {column.shape} of {column.dtype}."
             )
     if len({column.size for column in columns.values()}) != 1:
         sizes = {name: column.size for name, column in columns.items()}
@@ -90,15 +89,9 @@ def _table(name: str, law: Any) -> dict[int, Fraction]:
     table = law if isinstance(law, Mapping) else law.pmf()
     for value, p in table.items():
         if isinstance(p, float):
-            raise TypeError(
-                f"The probabilities of `{name}` must be exact, such as '1/3'; got "
-                f"{p!r} for {value}."
-            )
+            raise TypeError(f"The probabilities of `{name}` must be exact, such as '1/3'; got {p!r} for {value}.")
     table = {value: Fraction(p) for value, p in table.items()}
     if min(table.values(), default=Fraction(0)) < 0 or sum(table.values()) != 1:
         listed = ", ".join(f"{value}: {p}" for value, p in table.items())
-        raise ValueError(
-            f"The probabilities of `{name}` must not be negative and must sum to one; "
-            f"got {{{listed}}}."
-        )
+        raise ValueError(f"The probabilities of `{name}` must not be negative and must sum to one; got {{{listed}}}.")
     return {value: p for value, p in table.items() if p != 0}

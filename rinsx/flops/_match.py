@@ -129,14 +129,8 @@ def match(
     matched, and says why.
     """
     costs = {name: total(cost) for name, cost in candidates.items()}
-    per_step = dict(
-        tokens_per_step
-        if isinstance(tokens_per_step, Mapping)
-        else dict.fromkeys(costs, tokens_per_step)
-    )
-    wrong = {
-        name: f"costs {text(n)} FLOPs a step" for name, n in costs.items() if n <= 0
-    }
+    per_step = dict(tokens_per_step if isinstance(tokens_per_step, Mapping) else dict.fromkeys(costs, tokens_per_step))
+    wrong = {name: f"costs {text(n)} FLOPs a step" for name, n in costs.items() if n <= 0}
     for name in costs:
         if name not in per_step:
             wrong.setdefault(name, "is missing from `tokens_per_step`")
@@ -147,20 +141,15 @@ def match(
     _refuse(wrong)
     if reference is None:
         if budget is None or steps is not None or tokens is not None:
-            raise ValueError(
-                "Give either `budget`, or a `reference` with `steps` or `tokens`."
-            )
+            raise ValueError("Give either `budget`, or a `reference` with `steps` or `tokens`.")
+        if isinstance(budget, float) and not budget.is_integer():
+            raise ValueError(f"A budget of floating point must be a whole number; got {budget}.")
         flops = exact(Fraction(budget.total if isinstance(budget, Cost) else budget))
     else:
         if budget is not None or (steps is None) == (tokens is None):
-            raise ValueError(
-                "With a `reference`, give `steps` or `tokens`, one of them, and no "
-                "`budget`."
-            )
+            raise ValueError("With a `reference`, give `steps` or `tokens`, one of them, and no `budget`.")
         if reference not in costs:
-            raise ValueError(
-                f"`reference` must be one of {', '.join(costs)}; got {reference!r}."
-            )
+            raise ValueError(f"`reference` must be one of {', '.join(costs)}; got {reference!r}.")
         if steps is None:
             steps = _steps(reference, tokens, per_step[reference])
         flops = exact(costs[reference] * steps)
@@ -196,8 +185,7 @@ def _steps(reference: str, tokens: int | None, per_step: int | None) -> int:
         raise ValueError("`tokens` requires `tokens_per_step`.")
     if tokens is None or tokens % per_step != 0:
         raise ValueError(
-            f"`tokens` must be a whole number of steps of `{reference}`, of {per_step} "
-            f"tokens each; got {tokens}."
+            f"`tokens` must be a whole number of steps of `{reference}`, of {per_step} tokens each; got {tokens}."
         )
     return tokens // per_step
 

@@ -38,7 +38,7 @@ _MOVEMENT = """
 """
 _RANDOM = """
     iota_2x32_shape philox2x32 philox4x32 random_bits random_clone random_fold_in
-    random_gamma random_seed random_split random_unwrap random_wrap rng_bit_generator
+    random_seed random_split random_unwrap random_wrap rng_bit_generator
     rng_uniform threefry2x32 threefry4x32
 """
 _HOST = "check debug_callback debug_print io_callback pure_callback"
@@ -76,9 +76,7 @@ _COMPLEX = {
         """.split(),
         2,
     ),
-    **dict.fromkeys(
-        "cumprod integer_pow mul reduce_prod scatter-mul square".split(), 6
-    ),
+    **dict.fromkeys("cumprod integer_pow mul reduce_prod scatter-mul square".split(), 6),
     "div": 11,
 }
 
@@ -235,9 +233,7 @@ def _conv(eqn: JaxprEqn) -> int:
     return _multiply_add(eqn) * pairs
 
 
-def _hits(
-    size: int, dilation: int, a: tuple[int, int], b: tuple[int, int], low: int
-) -> int:
+def _hits(size: int, dilation: int, a: tuple[int, int], b: tuple[int, int], low: int) -> int:
     """How many pairs of `i < a[0]` and `j < b[0]` hit an element of a dilated input of
     `size` elements, at `i * a[1] + j * b[1] - low`."""
     # One of the two is the kernel, the other the output: few positions of the first are
@@ -331,9 +327,7 @@ ELEMENTWISE: dict[str, Rule] = {
     # max(a, b) + log1p(exp(-abs(a - b)))
     "cumlogsumexp": _cumulative(7),
     **dict.fromkeys("sort top_k approx_top_k".split(), _sort),
-    **dict.fromkeys(
-        "reduce_window_max reduce_window_min reduce_window_sum".split(), _reduce_window
-    ),
+    **dict.fromkeys("reduce_window_max reduce_window_min reduce_window_sum".split(), _reduce_window),
     "select_and_gather_add": _reduce_window,
     "select_and_scatter_add": _select_and_scatter_add,
     "integer_pow": _integer_pow,

@@ -23,9 +23,7 @@ _WRAPPER = re.compile(r"(?:^|(?<=/))(?:jvp|transpose|vmap)\(")
 _REMAT = "rematted_computation"
 
 
-def trips(
-    value: int | str, minus: int = 0, most: int | None = None
-) -> contextlib.AbstractContextManager[Any]:
+def trips(value: int | str, minus: int = 0, most: int | None = None) -> contextlib.AbstractContextManager[Any]:
     """Declares how often the `while` loops directly inside it run:
     `value - minus` times, but at least 0 times and at most `most` times.
 
@@ -67,10 +65,7 @@ def trips(
     else:
         numbers.append(value)
     if any(operator.index(number) < 0 for number in numbers):
-        raise ValueError(
-            "`value`, `minus` and `most` must not be negative; "
-            f"got {value}, {minus} and {most}."
-        )
+        raise ValueError(f"`value`, `minus` and `most` must not be negative; got {value}, {minus} and {most}.")
     return jax.named_scope(f"rx.trips[{value},{minus},{'' if most is None else most}]")
 
 
@@ -109,8 +104,7 @@ def branches(*weights: Fraction | int | str) -> contextlib.AbstractContextManage
     if min(weights, default=Fraction(0)) < 0 or sum(weights) != 1:
         listed = ", ".join(map(str, weights))
         raise ValueError(
-            "The probabilities of branches must not be negative and must sum to one; "
-            f"got {listed or 'none'}."
+            f"The probabilities of branches must not be negative and must sum to one; got {listed or 'none'}."
         )
     # Not in the usual notation, because a slash separates scopes.
     listed = ",".join(f"{w.numerator}:{w.denominator}" for w in weights)
@@ -199,9 +193,7 @@ def counted_trips(eqn: JaxprEqn) -> int | None:
     return -(-gap // speed) if speed > 0 else None
 
 
-def _line(
-    eqn: JaxprEqn, condition: Jaxpr, atom: Var | Literal
-) -> tuple[int, int] | None:
+def _line(eqn: JaxprEqn, condition: Jaxpr, atom: Var | Literal) -> tuple[int, int] | None:
     """Where a variable of the condition starts, and what a trip adds to it."""
     body = getattr(eqn.params["body_jaxpr"], "jaxpr", eqn.params["body_jaxpr"])
     if isinstance(atom, Literal):
