@@ -17,7 +17,7 @@ from ._loop import Loop as Loop, with_rounds as with_rounds
 from ._recur import chain as chain, compose as compose, recur as recur, Recursion as Recursion
 from ._rewire import rewire as rewire
 from ._signature import Signature as Signature
-from ._trace import trace as trace, Trace as Trace
+from ._trace import Trace as Trace, trace as trace
 
 
 __version__ = version("rinsx")

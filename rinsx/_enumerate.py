@@ -8,9 +8,7 @@ from ._signature import MAX_TERMS, Signature
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def enumerate_signatures(
-    blocks: int, visits: int, degree: int = 2
-) -> Iterator[Signature]:
+def enumerate_signatures(blocks: int, visits: int, degree: int = 2) -> Iterator[Signature]:
     """All signatures within bounds that differ by more than the names of their blocks,
     each once.
 

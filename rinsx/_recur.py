@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, final
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -15,6 +15,7 @@ from ._signature import Node, Signature
 from ._visit import as_state
 
 
+@final
 class Recursion(eqx.Module):
     """A block made of blocks: the result of [`rinsx.compose`][], [`rinsx.recur`][] and [`rinsx.chain`][].
 
@@ -59,7 +60,7 @@ def splice(recursion: Recursion, builder: Builder, prefix: str = "") -> Program:
 
     def leaf(name: str) -> Program:
         block = recursion.blocks[name]
-        if type(block) is Recursion:
+        if isinstance(block, Recursion):
             return splice(block, builder, f"{prefix}{name}.")
         return builder.block(block, prefix + name)
 
@@ -182,7 +183,9 @@ def bind(signature: Signature, loops: Mapping[str, Loop | Rounds]) -> dict[str, 
 
 def _match(kind: str, wanted: set[str], given: set[str], signature: Signature, remedy: str) -> None:
     if missing := sorted(wanted - given):
-        raise ValueError(f"signature {str(signature)!r} has the {kind} {', '.join(missing)}, which was not given: {remedy}")
+        raise ValueError(
+            f"signature {str(signature)!r} has the {kind} {', '.join(missing)}, which was not given: {remedy}"
+        )
     if extra := sorted(given - wanted):
         raise ValueError(
             f"{kind} {', '.join(extra)} was given, but signature {str(signature)!r} has only {', '.join(sorted(wanted)) or 'none'}"

@@ -14,7 +14,7 @@ from ._program import Builder, opens, origin, Program, Rounds, Seq, tally, used,
 from ._recur import bind
 from ._run import run
 from ._signature import Node, Signature
-from ._visit import checked, Opening, apply
+from ._visit import apply, checked, Opening
 
 
 class Rewired(eqx.Module):
@@ -194,13 +194,17 @@ def rewire(
         target = lambda model: where(model).layers
         found = found.layers
     if not isinstance(found, list | tuple):
-        raise TypeError(f"where must give a list, a tuple or an eqx.nn.Sequential of layers, got {type(found).__name__}")
+        raise TypeError(
+            f"where must give a list, a tuple or an eqx.nn.Sequential of layers, got {type(found).__name__}"
+        )
     layers = tuple(found)
     for i, layer in enumerate(layers):
         if not callable(layer):
             raise TypeError(f"layer {i} of the sequence is not callable: {layer!r}")
         if isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful():
-            raise ValueError(f"layer {i} ({type(layer).__name__}) is stateful: it returns a second value, which rounds would lose")
+            raise ValueError(
+                f"layer {i} ({type(layer).__name__}) is stateful: it returns a second value, which rounds would lose"
+            )
     text = [node.name for node in _blocks(signature.tree)]
     if len(text) != len(set(text)):
         raise ValueError(
@@ -228,7 +232,9 @@ def _blocks(tree) -> list:
 def _split(layers: int, names: list[str], split: Sequence[int] | None) -> list[int]:
     if split is None:
         if layers == 0 or layers % len(names):
-            raise ValueError(f"{layers} layers cannot be split into {len(names)} equal groups ({', '.join(names)}): give split=")
+            raise ValueError(
+                f"{layers} layers cannot be split into {len(names)} equal groups ({', '.join(names)}): give split="
+            )
         return [layers // len(names)] * len(names)
     sizes = list(split)
     if len(sizes) != len(names) or sum(sizes) != layers or any(size < 1 for size in sizes):

@@ -11,7 +11,20 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import _observe, _tape
-from ._program import Env, is_static, last_of, loop_of, number_of_rounds, opens, Place, Program, Rounds, Seq, tally, Visit
+from ._program import (
+    Env,
+    is_static,
+    last_of,
+    loop_of,
+    number_of_rounds,
+    opens,
+    Place,
+    Program,
+    Rounds,
+    Seq,
+    tally,
+    Visit,
+)
 from ._stack import Stack
 from ._unroll import unrolls
 from ._visit import apply, begin, Opening, stop_gradient
@@ -25,12 +38,15 @@ class Form(NamedTuple):
     rolled: bool = False
 
 
+_UNSETTLED = Form()
+
+
 def run(
     node: Program,
     state: PyTree,
     place: Place,
     env: Env,
-    form: Form = Form(),
+    form: Form = _UNSETTLED,
     opening: Opening | None = None,
 ) -> PyTree:
     """The state after `node`."""

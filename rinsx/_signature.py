@@ -92,8 +92,7 @@ class Signature:
         """
         if not isinstance(text, str | Signature):
             raise TypeError(
-                "a signature is written as a str, such as 'A^3 B'; got an object of "
-                f"type {type(text).__name__}"
+                f"a signature is written as a str, such as 'A^3 B'; got an object of type {type(text).__name__}"
             )
         tree = text.tree if isinstance(text, Signature) else _parse(text)
         object.__setattr__(self, "tree", tree)
@@ -162,9 +161,7 @@ class Signature:
         `TypeError` for what is not an integer.
         """
         names = f"signature {_shorten(str(self))!r} has " + (
-            f"the named exponents {', '.join(self.exponents)}"
-            if self.exponents
-            else "no named exponents"
+            f"the named exponents {', '.join(self.exponents)}" if self.exponents else "no named exponents"
         )
         for name, value in values.items():
             given = f"{name}={_show(value)}"
@@ -459,9 +456,7 @@ def _fold(parts: list[Node], room: int) -> list[Node]:
     return parts
 
 
-def _copies(
-    parts: list[Node], start: int, period: int, room: int
-) -> tuple[Power, int] | None:
+def _copies(parts: list[Node], start: int, period: int, room: int) -> tuple[Power, int] | None:
     """The power of a body of `period` parts that the parts from `start` on can be
     written as, and where these stop."""
     base, _ = _split(parts[start])

@@ -173,16 +173,17 @@ def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, openin
     if last is not None:
         cut = total > last
         grad = jtu.tree_map(lambda g: jnp.where(cut, jnp.zeros_like(g), g), grad)
-    if node.first == 0 and has_start(loop):
+    number = node.loop
+    if number is not None and node.first == 0 and has_start(loop):
         given, kept_as = eqx.partition(entry, eqx.is_inexact_array)
 
         def start(part, given):
-            env = _with_loop(walk.rest, node.loop, eqx.combine(part, walk.rest.loops[node.loop]))  # pyright: ignore
-            return inexact(begin(node.loop, eqx.combine(given, kept_as), place, env))
+            env = _with_loop(walk.rest, number, eqx.combine(part, walk.rest.loops[number]))
+            return inexact(begin(number, eqx.combine(given, kept_as), place, env))
 
-        _, pull = jax.vjp(start, walk.diff.loops[node.loop], given)
+        _, pull = jax.vjp(start, walk.diff.loops[number], given)
         part, grad = pull(grad)
-        grads = _with_loop(grads, node.loop, _add(grads.loops[node.loop], part))
+        grads = _with_loop(grads, number, _add(grads.loops[number], part))
     return _add(grad, grad_entry), grads, None
 
 
@@ -329,7 +330,9 @@ def _check(node: Program, env: Env) -> None:
         loop: Any = loop_of(node, env)
         if loop is not None:
             if loop.unroll and not loop.static:
-                raise ValueError(f"loop {loop.name} is traced and cannot be unrolled: give its rounds as a Python integer")
+                raise ValueError(
+                    f"loop {loop.name} is traced and cannot be unrolled: give its rounds as a Python integer"
+                )
             storage = None if loop.gradient is None else loop.gradient.storage
             if isinstance(storage, Full) or getattr(storage, "policy", None) is not None:
                 raise ValueError(

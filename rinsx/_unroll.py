@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 # faster, many times smaller, and compiles in constant time.
 _FEW = 4
 _MANY = 16
-_CACHE = 2 * 2**20
+_CACHE = 2**20
 
 
 def unrolls(visits: int, state: PyTree) -> bool:

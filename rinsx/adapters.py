@@ -88,9 +88,7 @@ def is_floating(leaf: object) -> bool:
     return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def map_floating(
-    fn: Callable[..., Array], who: str, dim: int | None, state: _State, *rest: PyTree
-) -> _State:
+def map_floating(fn: Callable[..., Array], who: str, dim: int | None, state: _State, *rest: PyTree) -> _State:
     """Maps `fn` over the floating arrays in `state`, together with what stands at the
     same places in `rest`. All else is kept, and so are shapes, dtypes and shardings."""
 
@@ -136,9 +134,7 @@ class _Table(eqx.Module):
         if rounds is not None and rounds < 1:
             raise ValueError(f"`rounds` must be at least 1, or None; got {rounds}.")
         if past not in ("error", "last", "identity"):
-            raise ValueError(
-                f"`past` must be 'error', 'last' or 'identity'; got {past!r}."
-            )
+            raise ValueError(f"`past` must be 'error', 'last' or 'identity'; got {past!r}.")
         if rounds is None and past != "last":
             raise ValueError(
                 "Without `rounds`, one set of weights is shared by every round and no "
@@ -162,9 +158,7 @@ class _Table(eqx.Module):
             index = min(round, self.rounds - 1)
             return jtu.tree_map(lambda w: w[index], weights)
         # A dynamic slice clamps its index.
-        row = ft.partial(
-            jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
-        )
+        row = ft.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
         return jtu.tree_map(lambda w: row(w, round), weights)
 
     def skips(self, round: Int[Array, ""] | int) -> Bool[Array, ""] | bool:

@@ -104,9 +104,7 @@ class AbstractLaw(eqx.Module):
         """
 
     @abc.abstractmethod
-    def sample(
-        self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None
-    ) -> Int32[Array, ""]:
+    def sample(self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None) -> Int32[Array, ""]:
         """Draws one depth. Can be jitted and vmapped.
 
         **Arguments:**
@@ -153,18 +151,14 @@ class _AbstractTable(AbstractLaw):
         del step
         return self
 
-    def sample(
-        self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None
-    ) -> Int32[Array, ""]:
+    def sample(self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None) -> Int32[Array, ""]:
         del step
         return _lookup(self.support, self.weights, _below(sum(self.weights), key))
 
     def quota(self, n: int, key: PRNGKeyArray) -> Int32[Array, " n"]:
         if n < 0:
             raise ValueError(f"`n` must not be negative; got {n}.")
-        depths = np.repeat(
-            np.array(self.support, np.int32), _apportion(self.weights, n)
-        )
+        depths = np.repeat(np.array(self.support, np.int32), _apportion(self.weights, n))
         return jr.permutation(key, jnp.asarray(depths))
 
 
@@ -178,9 +172,7 @@ def _below(total: int, key: PRNGKeyArray) -> UInt32[Array, ""]:
     return candidates[jnp.argmax(candidates < total)]
 
 
-def _lookup(
-    support: tuple[int, ...], weights: tuple[int, ...], draw: UInt32[Array, ""]
-) -> Int32[Array, ""]:
+def _lookup(support: tuple[int, ...], weights: tuple[int, ...], draw: UInt32[Array, ""]) -> Int32[Array, ""]:
     """The depth that owns `draw` once `range(sum(weights))` is dealt out in order."""
     bounds = jnp.asarray(list(itertools.accumulate(weights))[:-1], jnp.uint32)
     index = jnp.searchsorted(bounds, draw, side="right")
@@ -287,9 +279,7 @@ class Binomial(_AbstractTable):
         if not 0 <= p <= 1:
             raise ValueError(f"`skip` is a probability, in [0, 1]; got {skip!r}.")
         run, rest = p.denominator - p.numerator, p.numerator
-        self.support, self.weights = _table(
-            {1 + k: math.comb(n, k) * run**k * rest ** (n - k) for k in range(n + 1)}
-        )
+        self.support, self.weights = _table({1 + k: math.comb(n, k) * run**k * rest ** (n - k) for k in range(n + 1)})
 
 
 class Uniform(_AbstractTable):
@@ -342,19 +332,11 @@ class Categorical(_AbstractTable):
         - `weights`: the weight of each depth. They need not sum to one. A float stands
             for its shortest decimal text: `0.1` is exactly 1/10.
         """
-        table = {
-            _depth("a depth in `weights`", r, _INT32_MAX): _rational("a weight", w)
-            for r, w in weights.items()
-        }
+        table = {_depth("a depth in `weights`", r, _INT32_MAX): _rational("a weight", w) for r, w in weights.items()}
         if min(table.values(), default=0) < 0 or not any(table.values()):
-            raise ValueError(
-                "`weights` must have none below zero and one above; "
-                f"got {dict(weights)}."
-            )
+            raise ValueError(f"`weights` must have none below zero and one above; got {dict(weights)}.")
         scale = math.lcm(*(w.denominator for w in table.values()))
-        self.support, self.weights = _table(
-            {r: w.numerator * (scale // w.denominator) for r, w in table.items()}
-        )
+        self.support, self.weights = _table({r: w.numerator * (scale // w.denominator) for r, w in table.items()})
 
 
 class Poisson(_AbstractTable):
@@ -388,9 +370,7 @@ class Poisson(_AbstractTable):
             raise ValueError(f"`mean` must be at least 1; got {mean!r}.")
         # exp(-rate) cancels, which leaves rate^k / k!, here with denominators cleared.
         n, p, q = _depth("max", max) - 1, rate.numerator, rate.denominator
-        self.support, self.weights = _table(
-            {1 + k: p**k * q ** (n - k) * math.perm(n, n - k) for k in range(n + 1)}
-        )
+        self.support, self.weights = _table({1 + k: p**k * q ** (n - k) * math.perm(n, n - k) for k in range(n + 1)})
 
 
 class LogNormalPoisson(_AbstractTable):
@@ -449,13 +429,9 @@ class LogNormalPoisson(_AbstractTable):
         logs = []
         for k in range(largest):
             x = log_density + k * log_tau
-            logs.append(
-                x.max() + np.log(np.exp(x - x.max()).sum()) - math.lgamma(k + 1)
-            )
+            logs.append(x.max() + np.log(np.exp(x - x.max()).sum()) - math.lgamma(k + 1))
         weights = np.exp(np.array(logs) - np.max(logs))
-        self.support, self.weights = _table(
-            {1 + k: int(math.ldexp(w, 62)) for k, w in enumerate(weights)}
-        )
+        self.support, self.weights = _table({1 + k: int(math.ldexp(w, 62)) for k, w in enumerate(weights)})
 
 
 class Curriculum(AbstractLaw):
@@ -489,18 +465,12 @@ class Curriculum(AbstractLaw):
         """
         starts = [operator.index(start) for start, _ in stages]
         if starts[:1] != [0] or any(a >= b for a, b in zip(starts, starts[1:])):
-            raise ValueError(
-                "Stages must start at step 0 and then at ever later steps; "
-                f"got starts {starts}."
-            )
+            raise ValueError(f"Stages must start at step 0 and then at ever later steps; got starts {starts}.")
         if starts[-1] > _INT32_MAX:
             raise ValueError(f"A stage must start below 2**31; got {starts[-1]}.")
         for _, law in stages:
             if isinstance(law, Curriculum):
-                raise ValueError(
-                    "A stage cannot be a `Curriculum`: list its stages instead; "
-                    f"got {law}."
-                )
+                raise ValueError(f"A stage cannot be a `Curriculum`: list its stages instead; got {law}.")
         self.stages = tuple((start, law) for start, (_, law) in zip(starts, stages))
         self.support = tuple(sorted({r for _, law in stages for r in law.support}))
 
@@ -523,9 +493,7 @@ class Curriculum(AbstractLaw):
         if rise < 0:
             raise ValueError(f"`low` must not exceed `high`; got {low} and {high}.")
         if steps < rise:
-            raise ValueError(
-                f"A ramp from {low} to {high} takes at least {rise} steps; got {steps}."
-            )
+            raise ValueError(f"A ramp from {low} to {high} takes at least {rise} steps; got {steps}.")
         # Depth `low + i` is reached at `ceil(i * steps / rise)`.
         later = [(-(-i * steps // rise), Fixed(low + i)) for i in range(1, rise + 1)]
         return Curriculum([(0, Fixed(low)), *later])
@@ -549,9 +517,7 @@ class Curriculum(AbstractLaw):
             raise ValueError(f"Steps are counted from 0; got {step}.")
         return [law for start, law in self.stages if start <= step][-1]
 
-    def sample(
-        self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None
-    ) -> Int32[Array, ""]:
+    def sample(self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None) -> Int32[Array, ""]:
         if step is None:
             raise _needs_step("sample(key)")
         if not isinstance(step, jax.Array):

@@ -17,10 +17,15 @@ __all__ = ["AbstractGradient", "AbstractStorage", "Full", "Last", "Remat"]
 class AbstractGradient(eqx.Module):
     """The abstract base class of everything that `rx.Loop(..., gradient=...)` accepts."""
 
-    storage: eqx.AbstractVar["AbstractStorage | None"]
-    """What is stored of each visit; `None` leaves the choice to the loops around, and then to the backend."""
-    last: eqx.AbstractVar[int | None]
-    """How many rounds, counted from the end, are differentiated; `None` is all of them."""
+    @property
+    @abc.abstractmethod
+    def storage(self) -> "AbstractStorage | None":
+        """What is stored of each visit; `None` leaves the choice to the loops around, and then to the backend."""
+
+    @property
+    @abc.abstractmethod
+    def last(self) -> int | None:
+        """How many rounds, counted from the end, are differentiated; `None` is all of them."""
 
 
 class AbstractStorage(AbstractGradient):
@@ -119,13 +124,17 @@ class Last(AbstractGradient):
     """
 
     k: int = eqx.field(static=True)
-    storage: AbstractStorage | None = None
+    store: AbstractStorage | None = None
 
     def __check_init__(self):
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"gradient.Last needs a number of rounds of at least 1, got {self.k!r}")
-        if not (self.storage is None or isinstance(self.storage, AbstractStorage)):
-            raise TypeError(f"gradient.Last(storage=...) is Full() or Remat(), got {self.storage!r}")
+        if not (self.store is None or isinstance(self.store, AbstractStorage)):
+            raise TypeError(f"gradient.Last(store=...) is Full() or Remat(), got {self.store!r}")
+
+    @property
+    def storage(self):
+        return self.store
 
     @property
     def last(self):
@@ -135,5 +144,5 @@ class Last(AbstractGradient):
 Last.__init__.__doc__ = """**Arguments:**
 
 - `k`: how many rounds, counted from the end, are differentiated; at least 1.
-- `storage`: what is stored of each visit in those rounds: [`rinsx.gradient.Full`][] or [`rinsx.gradient.Remat`][].
+- `store`: what is stored of each visit in those rounds: [`rinsx.gradient.Full`][] or [`rinsx.gradient.Remat`][].
 """

@@ -38,9 +38,7 @@ class AbstractInjection(eqx.Module):
     """How a round takes in the input of its loop."""
 
     @abc.abstractmethod
-    def __call__(
-        self, state: _State, input: PyTree, round: Int[Array, ""] | int
-    ) -> _State:
+    def __call__(self, state: _State, input: PyTree, round: Int[Array, ""] | int) -> _State:
         """**Arguments:**
 
         - `state`: the state at the start of the round, any pytree.
@@ -66,9 +64,7 @@ class Add(AbstractInjection):
         ```
     """
 
-    def __call__(
-        self, state: _State, input: PyTree, round: Int[Array, ""] | int
-    ) -> _State:
+    def __call__(self, state: _State, input: PyTree, round: Int[Array, ""] | int) -> _State:
         del round
         return map_floating(lambda x, i: x + i, "Add", None, state, input)
 
@@ -97,9 +93,7 @@ class GatedAdd(AbstractInjection):
             raise ValueError(f"`dim` must be at least 1; got {dim}.")
         self.gate = jnp.full(dim, init, jnp.float32)
 
-    def __call__(
-        self, state: _State, input: PyTree, round: Int[Array, ""] | int
-    ) -> _State:
+    def __call__(self, state: _State, input: PyTree, round: Int[Array, ""] | int) -> _State:
         del round
         add = lambda x, i: x + self.gate.astype(x.dtype) * i
         return map_floating(add, "GatedAdd", self.gate.shape[0], state, input)
@@ -137,9 +131,7 @@ class Concat(AbstractInjection):
             raise ValueError(f"`dim` must be at least 1; got {dim}.")
         self.weight = jr.normal(key, (dim, 2 * dim), jnp.float32) / math.sqrt(2 * dim)
 
-    def __call__(
-        self, state: _State, input: PyTree, round: Int[Array, ""] | int
-    ) -> _State:
+    def __call__(self, state: _State, input: PyTree, round: Int[Array, ""] | int) -> _State:
         del round
 
         def concat(x, i):

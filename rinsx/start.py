@@ -121,9 +121,7 @@ class Normal(AbstractStart):
 
     def __check_init__(self):
         if not 0 <= self.scale < math.inf:
-            raise ValueError(
-                f"`scale` must be finite and not negative; got {self.scale}."
-            )
+            raise ValueError(f"`scale` must be finite and not negative; got {self.scale}.")
 
     @property
     def needs_key(self) -> bool:
@@ -134,14 +132,10 @@ class Normal(AbstractStart):
             key = jr.key(self.seed)
         elif key is None:
             raise ValueError(
-                "start.Normal() draws from the call's key: call the model with "
-                "key=..., or give Normal(seed=...)."
+                "start.Normal() draws from the call's key: call the model with key=..., or give Normal(seed=...)."
             )
         leaves, treedef = jtu.tree_flatten(input)
-        leaves = [
-            self._noise(leaf, jr.fold_in(key, i)) if is_floating(leaf) else leaf
-            for i, leaf in enumerate(leaves)
-        ]
+        leaves = [self._noise(leaf, jr.fold_in(key, i)) if is_floating(leaf) else leaf for i, leaf in enumerate(leaves)]
         return jtu.tree_unflatten(treedef, leaves)
 
     def _noise(self, leaf, key):

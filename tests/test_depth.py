@@ -28,17 +28,13 @@ TABLES = {
     "lognormal": lambda: depth.LogNormalPoisson(4, max=16),
 }
 CURRICULA = {
-    "stages": lambda: depth.Curriculum(
-        [(0, depth.Fixed(1)), (3, depth.Uniform(1, 4)), (5, depth.Binomial(6, 0.5))]
-    ),
+    "stages": lambda: depth.Curriculum([(0, depth.Fixed(1)), (3, depth.Uniform(1, 4)), (5, depth.Binomial(6, 0.5))]),
     "one_stage": lambda: depth.Curriculum([(0, depth.Uniform(1, 2))]),
     "ramp": lambda: depth.Curriculum.ramp(1, 4, 7),
 }
 
 tables = pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
-laws = pytest.mark.parametrize(
-    "make", [*TABLES.values(), *CURRICULA.values()], ids=[*TABLES, *CURRICULA]
-)
+laws = pytest.mark.parametrize("make", [*TABLES.values(), *CURRICULA.values()], ids=[*TABLES, *CURRICULA])
 
 
 def _draws(law, n, seed=0, step=0):
@@ -97,9 +93,7 @@ def test_samples_in_a_scan_without_retracing(make):
         return jax.lax.scan(body, jnp.int32(0), jr.split(key, 6))[1]
 
     keys = jr.split(jr.key(2), 6)
-    assert run(jr.key(2)).tolist() == [
-        int(law.sample(k, i)) for i, k in enumerate(keys)
-    ]
+    assert run(jr.key(2)).tolist() == [int(law.sample(k, i)) for i, k in enumerate(keys)]
     run(jr.key(3))
 
 
@@ -246,9 +240,9 @@ def test_apportion_is_by_largest_remainder(weights, total):
 
 
 @given(
-    st.dictionaries(
-        st.integers(1, 50), st.fractions(0, 10, max_denominator=20), min_size=1
-    ).filter(lambda w: any(w.values()))
+    st.dictionaries(st.integers(1, 50), st.fractions(0, 10, max_denominator=20), min_size=1).filter(
+        lambda w: any(w.values())
+    )
 )
 def test_categorical_is_proportional_or_apportioned(weights):
     law = depth.Categorical(weights)
@@ -269,9 +263,7 @@ def test_categorical_is_proportional_or_apportioned(weights):
 def test_binomial(largest, skip):
     law = depth.Binomial(largest, skip)
     n = largest - 1
-    exact = {
-        1 + k: math.comb(n, k) * (1 - skip) ** k * skip ** (n - k) for k in range(n + 1)
-    }
+    exact = {1 + k: math.comb(n, k) * (1 - skip) ** k * skip ** (n - k) for k in range(n + 1)}
     error = [abs(law.pmf().get(r, 0) - p) for r, p in exact.items()]
     if skip.denominator**n < 2**31:
         assert max(error) == 0
@@ -306,9 +298,7 @@ def test_categorical_sorts_and_drops_zeros():
 def test_poisson(mean, largest):
     law = depth.Poisson(mean, largest)
     rate = mean - 1
-    density = [
-        math.exp(-rate) * rate**k / math.factorial(k) for k in range(largest)
-    ]  # k = r - 1
+    density = [math.exp(-rate) * rate**k / math.factorial(k) for k in range(largest)]  # k = r - 1
     exact = np.array(density) / sum(density)
     ours = [float(law.pmf().get(1 + k, 0)) for k in range(largest)]
     np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=2**-30)
@@ -326,9 +316,7 @@ def test_poisson_of_small_weights_is_exact():
     assert pmf == {r: w / total for r, w in weights.items()}
 
 
-@pytest.mark.parametrize(
-    "mean, sigma, largest", [(4, 0.5, 20), (32, 0.5, 64), (2, 2, 30), (0.5, 4, 5)]
-)
+@pytest.mark.parametrize("mean, sigma, largest", [(4, 0.5, 20), (32, 0.5, 64), (2, 2, 30), (0.5, 4, 5)])
 def test_lognormal_poisson_by_simpson_over_tau(mean, sigma, largest):
     # Another rule over another variable (u = log tau), normalised by itself.
     u = np.linspace(-60, 60, 240_001)
@@ -336,10 +324,7 @@ def test_lognormal_poisson_by_simpson_over_tau(mean, sigma, largest):
     simpson = np.ones_like(u)
     simpson[1:-1:2], simpson[2:-1:2] = 4, 2
     gauss = simpson * np.exp(-(((u - mu) / sigma) ** 2) / 2)
-    density = [
-        np.sum(gauss * np.exp(k * u - np.exp(u) - math.lgamma(k + 1)))
-        for k in range(largest)
-    ]
+    density = [np.sum(gauss * np.exp(k * u - np.exp(u) - math.lgamma(k + 1))) for k in range(largest)]
     law = depth.LogNormalPoisson(mean, sigma, max=largest)
     ours = [float(law.pmf().get(1 + k, 0)) for k in range(largest)]
     np.testing.assert_allclose(ours, density / np.sum(density), atol=2**-29, rtol=1e-6)
@@ -469,8 +454,6 @@ def test_all_is_complete():
     laws = {
         name
         for name, value in vars(depth).items()
-        if isinstance(value, type)
-        and issubclass(value, depth.AbstractLaw)
-        and not name.startswith("_")
+        if isinstance(value, type) and issubclass(value, depth.AbstractLaw) and not name.startswith("_")
     }
     assert set(depth.__all__) == laws

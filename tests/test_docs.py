@@ -25,6 +25,7 @@ RECORDS = {
     "rinsx.Recursion",
     "rinsx.Trace",
     "rinsx.flops.Cost",
+    "rinsx.flops.Parameters",
     "rinsx.flops.Plan",
     "rinsx.flops.PlanRow",
     "rinsx.flops.Solution",

@@ -848,3 +848,27 @@ def test_scopes_of_blocks_survive_traced_rounds():
     assert sum(inside.values()) == 15 * EACH["A"].matmul + 5 * EACH["A"].matmul // 2
     batched = count(lambda m, x: jax.vmap(m)(x), model, struct(7, *STATE.shape))
     assert batched.matmul == 7 * (EACH["A"].matmul + EACH["B"].matmul)
+
+
+@pytest.mark.parametrize("text", ["A^r", "(A^r B)^s C"])
+def test_traced_gradients_under_transformations(text):
+    """A batch costs its size, and what is rematerialised around the loop runs forward once more."""
+    dynamic, _, rounds = pair(text, {"r": 3, "s": 2}, {"r": 2})
+    numbers = {name: struct(dtype=jnp.int32) for name in rounds}
+    arrays, rest = eqx.partition(dynamic, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) and leaf.ndim == 2)
+
+    def grads(numbers, arrays, state, wrap=lambda fn: fn):
+        model = lambda arrays, state: rx.with_rounds(eqx.combine(arrays, rest), **numbers)(state)
+        return jax.value_and_grad(lambda *args: jnp.sum(wrap(model)(*args) ** 2), (0, 1))(arrays, state)
+
+    plain = count(grads, numbers, arrays, STATE, trips=rounds)
+    assert count(jax.jit(grads), numbers, arrays, STATE, trips=rounds) == plain
+    batched = count(jax.vmap(grads, (None, None, 0)), numbers, arrays, struct(7, *STATE.shape), trips=rounds)
+    assert matmuls(batched) == {phase: 7 * n for phase, n in matmuls(plain).items()}
+    steps = lambda *args: lax.scan(lambda c, _: (c, grads(*args[:2], c)), args[2], length=5)[1]
+    assert count(steps, numbers, arrays, STATE, trips=rounds).matmul == 5 * plain.matmul
+    again = count(lambda *args: grads(*args, jax.checkpoint), numbers, arrays, STATE, trips=rounds)
+    run = lambda model, numbers, state: rx.with_rounds(model, **numbers)(state)
+    forward = count(run, dynamic, numbers, STATE, trips=rounds).matmul
+    assert plain.matmul < again.matmul <= plain.matmul + forward
+    assert matmuls(again)["backward"] == matmuls(plain)["backward"]

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-import rinsx as rx
 from jax import lax
+
+import rinsx as rx
 
 
 count = rx.flops.count

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-import rinsx as rx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import rinsx as rx
 
 
 KEY = jr.key(0)

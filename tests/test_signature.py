@@ -53,10 +53,7 @@ ENVS = [dict(r=r, s=s) for r in range(1, 6) for s in range(1, 6)]
 
 trees = st.recursive(
     st.sampled_from(["A", "B", "C12"]),
-    lambda inner: (
-        st.lists(inner, min_size=1, max_size=4)
-        | st.tuples(inner, st.sampled_from([1, 2, 3, "r", "s"]))
-    ),
+    lambda inner: st.lists(inner, min_size=1, max_size=4) | st.tuples(inner, st.sampled_from([1, 2, 3, "r", "s"])),
     max_leaves=8,
 )
 
@@ -141,9 +138,7 @@ def test_error_points_at_the_place(text, why, place):
 def test_error_message_in_full():
     with pytest.raises(ValueError) as info:
         Signature("A^0 B")
-    assert str(info.value) == (
-        "malformed signature: exponent must be at least 1, got 0\n    A^0 B\n      ^"
-    )
+    assert str(info.value) == ("malformed signature: exponent must be at least 1, got 0\n    A^0 B\n      ^")
 
 
 @pytest.mark.parametrize("place", [0, 39, 40, 41, 100, 200])
@@ -258,9 +253,7 @@ def test_bind_takes_only_integers(wrong):
 
 @pytest.mark.parametrize("what", ["visits", "counts"])
 def test_unbound_names_are_refused(what):
-    with pytest.raises(
-        ValueError, match=r"bind r first: Signature\('A\^r B'\)\.bind\(r="
-    ):
+    with pytest.raises(ValueError, match=r"bind r first: Signature\('A\^r B'\)\.bind\(r="):
         getattr(Signature("A^r B"), what)
     with pytest.raises(ValueError, match="bind r, s first"):
         getattr(Signature("A^r B^s"), what)
@@ -466,9 +459,7 @@ def test_equality_agrees_with_spelling_out():
         by_meaning[Signature(write(tree, rng))].add(i)
         by_word[tuple(word(tree, env) for env in ENVS)].add(i)
     assert len(by_word) > 300 and len(by_word) < 1500
-    assert sorted(map(sorted, by_meaning.values())) == sorted(
-        map(sorted, by_word.values())
-    )
+    assert sorted(map(sorted, by_meaning.values())) == sorted(map(sorted, by_word.values()))
 
 
 @given(written(), written())
@@ -552,9 +543,7 @@ def words(blocks, visits):
     return sorted(found, key=lambda each: (len(each), each))
 
 
-@pytest.mark.parametrize(
-    "blocks, visits", [(1, 5), (2, 2), (2, 8), (3, 3), (3, 6), (4, 6)]
-)
+@pytest.mark.parametrize("blocks, visits", [(1, 5), (2, 2), (2, 8), (3, 3), (3, 6), (4, 6)])
 @pytest.mark.parametrize("degree", [0, 1, 2, 9])
 def test_enumeration_is_complete_and_in_order(blocks, visits, degree):
     made = list(enumerate_signatures(blocks, visits, degree))

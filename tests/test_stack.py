@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+
 import rinsx as rx
 
 from .helpers import assert_close, DIM, Noisy

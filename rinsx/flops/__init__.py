@@ -6,6 +6,7 @@ from ._cost import Cost as Cost
 from ._count import count as count
 from ._expect import expected as expected, spent as spent
 from ._match import match as match, Plan as Plan, PlanRow as PlanRow
+from ._parameters import Parameters as Parameters, parameters as parameters
 from ._solve import Solution as Solution, solve as solve
 
 
@@ -16,6 +17,8 @@ __all__ = [
     "expected",
     "match",
     "nbytes",
+    "Parameters",
+    "parameters",
     "Plan",
     "PlanRow",
     "Solution",

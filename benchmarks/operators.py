@@ -1,0 +1,317 @@
+"""What do the operators cost beside the best hand-written JAX of the same computation?
+
+    python benchmarks/operators.py            # about 15 minutes on two cores; the table of docs/results/operators.md
+    python benchmarks/operators.py --quick    # about a minute
+
+For each block and number of rounds, every form of `A^r` is timed in one process, in turns: a Python loop, a `lax.scan`
+and a `lax.scan` of checkpointed blocks, each written by hand and by rinsx, and rinsx with a traced number of rounds.
+Reported are the median over turns of the ratio of two forms in the same turn, with the quartiles: other load on the
+machine hits both. Compile time, temporary memory and lines of StableHLO stand beside them.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib
+import numpy as np
+import rinsx as rx
+import tyro
+from jax import lax
+from rich.console import Console
+from rich.table import Table
+
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+
+@dataclasses.dataclass
+class Config:
+    """Times rinsx's operators beside hand-written JAX."""
+
+    rounds: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
+    """Numbers of rounds."""
+    blocks: tuple[str, ...] = ("mlp-16x1", "mlp-64x32", "mlp-256x512", "attention-64x512", "attention-256x512")
+    """Which blocks: a kind, the width, and the number of tokens."""
+    turns: int = 30
+    """How many times each form is timed, in turns with the others."""
+    seconds: float = 25.0
+    """The most time that the turns of one block and number of rounds may take; at least 5 turns run."""
+    quick: bool = False
+    """A short run of small blocks, to see that all works."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs/operators")
+    """Where the table, the plot and the JSON of results go."""
+
+
+def make_block(name: str) -> tuple[Any, Callable, jax.Array]:
+    """The parameters, the block `(parameters, x) -> x` and the input of a benchmark block, such as `mlp-256x512`."""
+    kind, _, size = name.partition("-")
+    width, tokens = (int(n) for n in size.split("x"))
+    keys = jr.split(jr.key(0), 5)
+    matrix = lambda key, rows, columns: jr.normal(key, (rows, columns)) * 0.02
+    if kind == "mlp":
+        params = {"up": matrix(keys[0], width, 4 * width), "down": matrix(keys[1], 4 * width, width)}
+        return params, mlp, jr.normal(keys[4], (tokens, width))
+    if kind != "attention":
+        raise ValueError(f"blocks are mlp-WIDTHxTOKENS or attention-WIDTHxTOKENS, got {name!r}")
+    params = {
+        "qkv": matrix(keys[0], width, 3 * width),
+        "out": matrix(keys[1], width, width),
+        "up": matrix(keys[2], width, 4 * width),
+        "down": matrix(keys[3], 4 * width, width),
+    }
+    length = min(128, tokens)
+    return params, transformer, jr.normal(keys[4], (tokens // length, length, width))
+
+
+def mlp(params, x):
+    return x + jax.nn.gelu(x @ params["up"]) @ params["down"]
+
+
+def transformer(params, x):
+    batch, length, width = x.shape
+    norm = lambda x: x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    heads = lambda x: x.reshape(batch, length, max(width // 64, 1), -1)
+    q, k, v = map(heads, jnp.split(norm(x) @ params["qkv"], 3, -1))
+    x = x + jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape) @ params["out"]
+    return mlp(params, norm(x)) - norm(x) + x
+
+
+class Block(eqx.Module):
+    """The same block as rinsx sees it."""
+
+    params: Any
+    fn: Callable = eqx.field(static=True)
+
+    def __call__(self, x, *, key=None):
+        return self.fn(self.params, x)
+
+
+def forms(block: Callable, rounds: int) -> dict[str, Callable]:
+    """`(parameters, x, rounds as an array) -> x` in every form, by hand and by rinsx."""
+
+    def python_loop(params, x, _):
+        for _ in range(rounds):
+            x = block(params, x)
+        return x
+
+    def scan(params, x, _):
+        return lax.scan(lambda x, _: (block(params, x), None), x, None, length=rounds)[0]
+
+    def scan_remat(params, x, _):
+        visit = jax.checkpoint(block, prevent_cse=False)
+        return lax.scan(lambda x, _: (visit(params, x), None), x, None, length=rounds)[0]
+
+    def ours(**options):
+        return lambda params, x, _: rx.recur(Block(params, block), rx.Loop(rounds, **options))(x)
+
+    def traced(params, x, r):
+        return rx.recur(Block(params, block), rx.Loop(r, max=rounds))(x)
+
+    full, remat = rx.gradient.Full(), rx.gradient.Remat()
+    return {
+        "hand unrolled": python_loop,
+        "hand rolled": scan,
+        "hand remat": scan_remat,
+        "rinsx unrolled": ours(unroll=True, gradient=full),
+        "rinsx rolled": ours(unroll=False, gradient=full),
+        "rinsx remat": ours(unroll=False, gradient=remat),
+        "rinsx default": ours(),
+        "rinsx traced": traced,
+    }
+
+
+# What is compared: a form of rinsx with the form by hand that it should equal.
+PAIRS = {
+    "rinsx unrolled": "hand unrolled",
+    "rinsx rolled": "hand rolled",
+    "rinsx remat": "hand remat",
+    "rinsx traced": "hand remat",
+}
+LONGEST_UNROLLED = 16
+
+
+def compile_form(fn: Callable, args: tuple) -> tuple[Callable, dict[str, float]]:
+    """The compiled form, with what compiling it took."""
+    start = time.perf_counter()
+    lowered = jax.jit(fn).lower(*args)
+    lines = len(lowered.as_text().splitlines())
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    facts = {"compile_s": seconds, "temporary_bytes": memory.temp_size_in_bytes, "stablehlo_lines": lines}
+    return compiled, facts
+
+
+def measure(name: str, rounds: int, config: Config) -> list[dict[str, Any]]:
+    """One row for each form and direction: times in turns, and ratios turn by turn."""
+    params, block, x = make_block(name)
+    args = (params, x, jnp.int32(rounds))
+    rows, compiled = {}, {}
+    for form, fn in forms(block, rounds).items():
+        if rounds > LONGEST_UNROLLED and form.endswith("unrolled"):
+            continue
+        for direction in ("forward", "gradient"):
+            call = fn
+            if direction == "gradient":
+                loss = lambda params, x, r, fn=fn: jnp.sum(fn(params, x, r) ** 2)
+                call = jax.grad(loss, argnums=(0, 1))
+            compiled[form, direction], facts = compile_form(call, args)
+            rows[form, direction] = {"block": name, "rounds": rounds, "form": form, "direction": direction, **facts}
+    times: dict[Any, list[float]] = {key: [] for key in compiled}
+    for fn in compiled.values():
+        jax.block_until_ready(fn(*args))
+    # Short programs are called several times a turn, so that the clock does not decide.
+    repeats = {key: max(1, min(200, int(2e-3 / _once(fn, args)))) for key, fn in compiled.items()}
+    start, turn = time.perf_counter(), 0
+    order = list(compiled)
+    shuffle = np.random.default_rng(0)
+    while turn < config.turns and (turn < 5 or time.perf_counter() - start < config.seconds):
+        shuffle.shuffle(order)
+        for key in map(tuple, order):
+            begin = time.perf_counter()
+            for _ in range(repeats[key]):
+                out = compiled[key](*args)
+            jax.block_until_ready(out)
+            times[key].append((time.perf_counter() - begin) / repeats[key])
+        turn += 1
+    for (form, direction), row in rows.items():
+        mine = times[form, direction]
+        row |= {"median_s": statistics.median(mine), "turns": turn}
+        hand = [other for other, way in times if way == direction and other.startswith("hand")]
+        best = min(hand, key=lambda other: statistics.median(times[other, direction]))
+        row |= ratio("to_best_hand", mine, times[best, direction]) | {"best_hand": best}
+        twin = PAIRS.get(form)
+        if (twin, direction) in times:
+            row |= ratio("to_same_form", mine, times[twin, direction])
+    return list(rows.values())
+
+
+def _once(fn, args) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    return max(time.perf_counter() - begin, 1e-6)
+
+
+def ratio(name: str, mine: list[float], other: list[float]) -> dict[str, Any]:
+    """The median ratio over turns, with its 95% interval from the order statistics of a median."""
+    ratios = sorted(a / b for a, b in zip(mine, other))
+    n = len(ratios)
+    half = 0.98 * n**0.5
+    low, high = max(0, int(n / 2 - half)), min(n - 1, int(n / 2 + half))
+    return {name: statistics.median(ratios), f"{name}_interval": [ratios[low], ratios[high]]}
+
+
+def counting() -> dict[str, float]:
+    """Seconds to count the FLOPs of a training step of a 1B-parameter `A^64 B`, from shapes alone."""
+    width, depth = 2048, 10
+
+    class Layer(eqx.Module):
+        params: Any
+
+        def __init__(self, key):
+            del key
+            shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+            self.params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+
+        def __call__(self, x, *, key=None):
+            return transformer(self.params, x)
+
+    stack = lambda seed: rx.nn.Stack.make(Layer, depth, key=jr.key(seed))
+    model = eqx.filter_eval_shape(lambda: rx.compose("A^r B", {"A": stack(0), "B": stack(1)}, r=64))
+    x = jax.ShapeDtypeStruct((8, 1024, width), jnp.float32)
+    step = eqx.filter_grad(lambda model, x: jnp.mean(model(x) ** 2))
+    start = time.perf_counter()
+    cost = rx.flops.count(step, model, x)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "parameters": rx.flops.parameters(model).unique, "flops": int(cost.total)}
+
+
+def table(rows: list[dict[str, Any]], direction: str) -> Table:
+    out = Table(title=f"{direction}: time as a ratio, median over turns [95% interval]")
+    for column in ("block", "r", "form", "ms", "to same form by hand", "to best by hand", "compile s", "temp MiB", "lines"):
+        out.add_column(column, justify="left" if column in ("block", "form") else "right")
+    show = lambda row, name: f"{row[name]:.3f} [{row[name + '_interval'][0]:.3f}, {row[name + '_interval'][1]:.3f}]"
+    for row in rows:
+        if row["direction"] == direction:
+            out.add_row(
+                row["block"],
+                str(row["rounds"]),
+                row["form"],
+                f"{row['median_s'] * 1e3:.3f}",
+                show(row, "to_same_form") if "to_same_form" in row else "",
+                show(row, "to_best_hand"),
+                f"{row['compile_s']:.2f}",
+                f"{row['temporary_bytes'] / 2**20:.1f}",
+                str(row["stablehlo_lines"]),
+            )
+    return out
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The time of a gradient step of each form over that of the best form by hand."""
+    names = list(dict.fromkeys(row["block"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for form in ("hand unrolled", "hand rolled", "hand remat", "rinsx default", "rinsx traced"):
+            mine = [r for r in rows if (r["block"], r["form"], r["direction"]) == (name, form, "gradient")]
+            style = {"linestyle": "-" if form.startswith("rinsx") else ":", "marker": "."}
+            axis.plot([r["rounds"] for r in mine], [r["to_best_hand"] for r in mine], label=form, **style)
+        axis.set(title=name, xlabel="rounds", xscale="log")
+        axis.axhline(1, color="grey", linewidth=0.5)
+    axes[0][0].set_ylabel("gradient step: time / best by hand")
+    axes[0][-1].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(config: Config) -> None:
+    if config.quick:
+        config = dataclasses.replace(config, rounds=(2, 16), blocks=("mlp-64x32", "attention-64x512"), turns=10, seconds=5)
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    for name in config.blocks:
+        for rounds in config.rounds:
+            rows += measure(name, rounds, config)
+            console.print(f"{name}, {rounds} rounds: measured")
+            jax.clear_caches()
+    hardware = {
+        "device": jax.devices()[0].device_kind,
+        "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "equinox": eqx.__version__,
+        "rinsx": rx.__version__,
+    }
+    counted = counting()
+    config.output.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    results = {"config": settings, "hardware": hardware, "counting": counted, "rows": rows}
+    (config.output / "operators.json").write_text(json.dumps(results, indent=1))
+    plot(rows, config.output / "operators.png")
+    wide = Console(width=170, record=True)
+    for direction in ("forward", "gradient"):
+        wide.print(table(rows, direction))
+    wide.print(f"counting a training step of {counted['parameters'] / 1e9:.2f}B parameters: {counted['seconds']:.2f} s")
+    (config.output / "operators.txt").write_text(wide.export_text())
+    console.print(f"results in {config.output}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
