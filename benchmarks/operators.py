@@ -222,7 +222,12 @@ def counting() -> dict[str, float]:
 
         def __init__(self, key):
             del key
-            shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+            shapes = {
+                "qkv": (width, 3 * width),
+                "out": (width, width),
+                "up": (width, 4 * width),
+                "down": (4 * width, width),
+            }
             self.params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
         def __call__(self, x, *, key=None):
@@ -240,7 +245,17 @@ def counting() -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]], direction: str) -> Table:
     out = Table(title=f"{direction}: time as a ratio, median over turns [95% interval]")
-    for column in ("block", "r", "form", "ms", "to same form by hand", "to best by hand", "compile s", "temp MiB", "lines"):
+    for column in (
+        "block",
+        "r",
+        "form",
+        "ms",
+        "to same form by hand",
+        "to best by hand",
+        "compile s",
+        "temp MiB",
+        "lines",
+    ):
         out.add_column(column, justify="left" if column in ("block", "form") else "right")
     show = lambda row, name: f"{row[name]:.3f} [{row[name + '_interval'][0]:.3f}, {row[name + '_interval'][1]:.3f}]"
     for row in rows:
@@ -278,7 +293,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(config: Config) -> None:
     if config.quick:
-        config = dataclasses.replace(config, rounds=(2, 16), blocks=("mlp-64x32", "attention-64x512"), turns=10, seconds=5)
+        config = dataclasses.replace(
+            config, rounds=(2, 16), blocks=("mlp-64x32", "attention-64x512"), turns=10, seconds=5
+        )
     console = Console()
     rows: list[dict[str, Any]] = []
     for name in config.blocks:
