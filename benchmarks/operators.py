@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib
 import numpy as np
-import rinsx as rx
 import tyro
 from jax import lax
 from rich.console import Console
 from rich.table import Table
+
+import rinsx as rx
 
 
 matplotlib.use("agg")
@@ -150,7 +151,8 @@ def compile_form(fn: Callable, args: tuple) -> tuple[Callable, dict[str, float]]
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    facts = {"compile_s": seconds, "temporary_bytes": memory.temp_size_in_bytes, "stablehlo_lines": lines}
+    temporary = 0 if memory is None else memory.temp_size_in_bytes
+    facts = {"compile_s": seconds, "temporary_bytes": temporary, "stablehlo_lines": lines}
     return compiled, facts
 
 
@@ -181,9 +183,7 @@ def measure(name: str, rounds: int, config: Config) -> list[dict[str, Any]]:
         shuffle.shuffle(order)
         for key in map(tuple, order):
             begin = time.perf_counter()
-            for _ in range(repeats[key]):
-                out = compiled[key](*args)
-            jax.block_until_ready(out)
+            jax.block_until_ready([compiled[key](*args) for _ in range(repeats[key])])
             times[key].append((time.perf_counter() - begin) / repeats[key])
         turn += 1
     for (form, direction), row in rows.items():

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from ._signature import MAX_TERMS, Signature
+from ._signature import Signature
+from ._tree import MAX_TERMS
 
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

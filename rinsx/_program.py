@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from ._loop import check_limit, limit, Loop
-from ._signature import Block, Node, Power
+from ._tree import Block, Node, Power
 
 
 Count = int | Int[Array, ""]

@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 from ._loop import Loop, Rounds
 from ._program import Builder, origin, Program
 from ._run import run
-from ._signature import Node, Signature
+from ._signature import Signature
+from ._tree import Node
 from ._visit import as_state
 
 

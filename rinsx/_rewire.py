@@ -13,7 +13,8 @@ from ._loop import Loop, Rounds as LoopRounds
 from ._program import Builder, opens, origin, Program, Rounds, Seq, tally, used, Visit
 from ._recur import bind
 from ._run import run
-from ._signature import Node, Signature
+from ._signature import Signature
+from ._tree import Node
 from ._visit import apply, checked, Opening
 
 

@@ -8,9 +8,9 @@ import jax.random as jr
 import optax
 import pytest
 from hypothesis import assume, example, given, settings
-from rinsx._loop import checked_rounds
 
 import rinsx as rx
+from rinsx._loop import checked_rounds
 
 from .helpers import assert_close, blocks, DIM, naive, Noisy, option, OPTIONS, signatures, value_and_grads
 
@@ -280,9 +280,9 @@ def test_bad_rounds():
         with pytest.raises(error, match=f"rounds must be (at least 1|an integer).*, got {bad!r}"):
             checked_rounds(bad, "rounds")
     with pytest.raises(ValueError, match=r"int32\[2\].*a number per example would save nothing"):
-        rx.with_rounds(model, r=jnp.array([1, 2]))
+        checked_rounds(jnp.array([1, 2]), "rounds")
     with pytest.raises(ValueError, match="float32"):
-        rx.with_rounds(model, r=jnp.array(1.0))
+        checked_rounds(jnp.array(1.0), "rounds")
     with pytest.raises(ValueError, match="named s: its loops are named r"):
         rx.with_rounds(model, s=2)
     with pytest.raises(ValueError, match="no named loop"):

@@ -9,9 +9,10 @@ from collections import Counter, defaultdict
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rinsx import _signature
+from rinsx import _fingerprint
 from rinsx._enumerate import enumerate_signatures
-from rinsx._signature import Block, Power, Sequence, Signature
+from rinsx._signature import Signature
+from rinsx._tree import Block, Power, Sequence
 
 
 LONGEST = 10**18 - 1  # the largest exponent
@@ -488,7 +489,7 @@ def test_equality_of_huge_exponents():
 
 
 def test_arithmetic_modulo_the_prime():
-    p = _signature._MODULUS
+    p = _fingerprint._MODULUS
     rng = random.Random(0)
     for x in [
         0,
@@ -500,11 +501,11 @@ def test_arithmetic_modulo_the_prime():
         (p - 1) ** 2,
         *(rng.randrange(p * p) for _ in range(99)),
     ]:
-        assert _signature._reduce(x) == x % p
+        assert _fingerprint._reduce(x) == x % p
     for i in (1, 2, 3, 17, LONGEST):
         a, b = rng.randrange(2, p), rng.randrange(p)
         total = b * (pow(a, i, p) - 1) * pow(a - 1, -1, p) % p
-        assert _signature._power((a, b), i) == (pow(a, i, p), total)
+        assert _fingerprint._power((a, b), i) == (pow(a, i, p), total)
 
 
 def test_other_kinds_are_never_equal():
