@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .adapters import map_floating
+from ._leaves import map_floating
 
 
 __all__ = ["AbstractInjection", "Add", "Concat", "GatedAdd"]

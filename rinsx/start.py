@@ -23,7 +23,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .adapters import is_floating, map_floating
+from ._leaves import is_floating, map_floating
 
 
 __all__ = ["AbstractStart", "Input", "Normal", "Zeros"]
