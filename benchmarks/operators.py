@@ -316,7 +316,7 @@ def main(config: Config) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
     results = {"config": settings, "hardware": hardware, "counting": counted, "rows": rows}
-    (config.output / "operators.json").write_text(json.dumps(results, indent=1))
+    (config.output / "operators.json").write_text(json.dumps(_rounded(results)))
     plot(rows, config.output / "operators.png")
     wide = Console(width=170, record=True)
     for direction in ("forward", "gradient"):
@@ -324,6 +324,15 @@ def main(config: Config) -> None:
     wide.print(f"counting a training step of {counted['parameters'] / 1e9:.2f}B parameters: {counted['seconds']:.2f} s")
     (config.output / "operators.txt").write_text(wide.export_text())
     console.print(f"results in {config.output}")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four digits, all that such measurements are good for."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _cores() -> int:
