@@ -41,7 +41,7 @@ class Notes:
 
     states: int = 0
     marks: list[Mark] = field(default_factory=list)
-    heads: dict[str, Seen] = field(default_factory=dict)
+    heads: list[Seen] = field(default_factory=list)
 
     def name(self, state: PyTree) -> tuple[PyTree, Seen]:
         leaves, structure = jtu.tree_flatten(state)
@@ -84,29 +84,36 @@ def refuse(node: Program, env: Env) -> None:
         )
 
 
-def label(node: Rounds, env: Env) -> str:
-    """What a loop is called in a trace."""
-    loop = loop_of(node, env)
-    return f"^{node.fixed}" if loop is None else str(loop.name)
+def named(state: PyTree) -> tuple[PyTree, Seen]:
+    """`state` with a name for each of its arrays, as the state before a round."""
+    return _current().name(state)
 
 
-def round_begins(node: Rounds, env: Env, state: PyTree) -> PyTree:
-    """`state` with names, as the state before a round."""
-    notes = _notes.get()
-    assert notes is not None
-    state, notes.heads[label(node, env)] = notes.name(state)
-    return state
-
-
-def round_ends(node: Rounds, env: Env, i: int, state: PyTree) -> PyTree:
+def round_ends(node: Rounds, env: Env, i: int, before: Seen, state: PyTree) -> tuple[PyTree, Seen]:
     """`state` with names, as the state after round `i`, and before the next."""
+    state, after = named(state)
+    loop = loop_of(node, env)
+    name = f"^{node.fixed}" if loop is None else loop.name
+    _current().marks.append(Mark(f"{name}={i + 1}", before, after))
+    return state, after
+
+
+def enter(state: PyTree) -> PyTree:
+    """`state` with names, as the state before a round that is left elsewhere, by `leave`."""
+    state, seen = named(state)
+    _current().heads.append(seen)
+    return state
+
+
+def leave(node: Rounds, env: Env, state: PyTree) -> PyTree:
+    """`state` with names, as the state after the first round of the loop that was entered last."""
+    return round_ends(node, env, 0, _current().heads.pop(), state)[0]
+
+
+def _current() -> Notes:
     notes = _notes.get()
     assert notes is not None
-    state, seen = notes.name(state)
-    name = label(node, env)
-    notes.marks.append(Mark(f"{name}={i + 1}", notes.heads[name], seen))
-    notes.heads[name] = seen
-    return state
+    return notes
 
 
 def tag(number: int, leaf: int) -> str:

@@ -109,14 +109,14 @@ class Slot(eqx.Module):
         builder, _ = self.rewired.program()
         env = builder.env(args, kwargs)
         for node in reversed(heads):
-            state = _observe.round_begins(node, env, state) if _observe.active() else state
+            state = _observe.enter(state) if _observe.active() else state
             if node.loop is not None and opens(builder.loops[node.loop]):
                 state = apply(Visit(None), state, origin(env), env, Opening(node.loop, 0, None))
         layer = self.rewired.layers[self.index]
         state = checked(state, layer(state, *args, **kwargs), _layer(layer))
         for node in tails:
             # The model has run round 0.
-            state = _observe.round_ends(node, env, 0, state) if _observe.active() else state
+            state = _observe.leave(node, env, state) if _observe.active() else state
             place = origin(env).after(tally(node.body, env))
             state = run(Rounds(node.body, node.fixed, node.loop, first=1), state, place, env)
         return state

@@ -75,7 +75,6 @@ def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form)
     inside = place.entered(node.loop)
     if node.first == 0:
         state = begin(node.loop, state, place, env)
-        state = _observe.round_begins(node, env, state) if _observe.active() else state
 
     def one(env, entry, form, state, i):
         opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
@@ -83,8 +82,9 @@ def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form)
 
     def between(low, high, env, entry, state):
         if _observe.active():
+            state, seen = _observe.named(state)
             for i in range(low, high):
-                state = _observe.round_ends(node, env, i, one(env, entry, form, state, i))
+                state, seen = _observe.round_ends(node, env, i, seen, one(env, entry, form, state, i))
             return state
         unroll = high - low <= 1 or _unrolls(node, high - low, state, env, form)
         inner = form._replace(rolled=form.rolled or not unroll)

@@ -47,6 +47,23 @@ def test_nested_and_fixed_rounds_are_listed_as_they_end():
     assert_close([seen.states[-1]], [seen.output], 1e-6)
 
 
+@pytest.mark.parametrize("text", ["(A^2 B)^2", "(A^r B)^r", "(A^r)^2 B^2"])
+def test_drift_of_nested_loops_of_one_name(text):
+    """Each round is compared with the state before that same round, whatever ran inside."""
+    model = build(text, {"r": 2})
+    seen = rx.trace(model, jnp.ones(DIM))
+    spelled = rx.Signature(text).bind(**{name: 2 for name in rx.Signature(text).exponents}).visits
+    states = [jnp.ones(DIM)]
+    for name in spelled:
+        states.append(model.blocks[name](states[-1]))
+    for state, drift in zip(seen.states, seen.drift):
+        after = min(range(len(states)), key=lambda i: float(jnp.abs(states[i] - state).max()))
+        assert any(float(jnp.abs(drift_by_hand(states[i], states[after]) - drift)) < 1e-5 for i in range(after))
+    outer = [i for i, label in enumerate(seen.rounds) if label == seen.rounds[-1]][-1]
+    if text != "(A^r)^2 B^2":
+        assert_close([seen.drift[outer]], [drift_by_hand(states[3], states[6])], 1e-5)
+
+
 def test_in_a_model_with_its_own_vmap_and_jit():
     """Whatever axis `vmap` computes with, states come out with the batch in front; cached jits are seen into."""
     weight = jr.normal(KEY, (DIM, DIM)) / 3
