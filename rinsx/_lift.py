@@ -37,8 +37,8 @@ def lift(fn: Callable[..., PyTree], keep: Sequence[str] = ()) -> Lifted:
 
     **Arguments:**
 
-    - `fn`: a function, or a module, from state to state. Arrays in a module are weights like any other; arrays that a plain
-        function closes over are constants.
+    - `fn`: a function, or a module, from state to state. Arrays in a module are weights like any other. Arrays that a plain
+        function closes over are none, and must not be differentiated where rounds are traced: make them side inputs.
     - `keep`: the names of the keyword side inputs that are passed on to `fn`.
 
     **Returns:**

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from .adapters import AbstractAdapter
 from .gradient import AbstractGradient
 from .start import AbstractStart
 
@@ -61,7 +62,7 @@ class Loop(eqx.Module):
     ):
         """**Arguments:**
 
-        - `rounds`: how many rounds, at least 1. A Python integer is compiled in; an integer scalar array is a run-time value that
+        - `rounds`: how many rounds, at least 1. A Python integer is compiled in; an integer scalar of JAX is a run-time value that
             runs in one executable.
         - `max`: the largest number of rounds that reverse mode can record when `rounds` is traced: it sizes the tape of
             saved states. Not needed for inference, nor for Python integers.
@@ -81,8 +82,6 @@ class Loop(eqx.Module):
         if max is not None:
             if isinstance(max, bool) or not isinstance(max, int) or max < 1:
                 raise ValueError(f"Loop(max=...) is an integer of at least 1, got {max!r}")
-            if isinstance(self.rounds, int) and self.rounds > max:
-                raise ValueError(f"a loop of {self.rounds} rounds is more than its own max={max}")
         for label, option in (("adapter", adapter), ("inject", inject), ("start", start), ("on", on)):
             if not (option is None or callable(option)):
                 raise TypeError(f"Loop({label}=...) is a function, got {option!r}")
@@ -130,7 +129,7 @@ def checked_rounds(rounds: Any, label: str) -> Rounds:
 
 def limit(loop: Loop) -> int | None:
     """The most rounds that the loop's adapter can serve, `None` without a limit."""
-    return cast("int | None", getattr(loop.adapter, "limit", None))
+    return loop.adapter.limit if isinstance(loop.adapter, AbstractAdapter) else None
 
 
 def check_limit(loop: Loop) -> None:
@@ -174,7 +173,7 @@ def with_rounds(model: PyTree, **rounds: Rounds) -> PyTree:
     **Arguments:**
 
     - `model`: any pytree with loops inside.
-    - `rounds`: for each name, a Python integer, which is compiled in, or an integer scalar array, which is a run-time value.
+    - `rounds`: for each name, a Python integer, which is compiled in, or an integer scalar of JAX, which is a run-time value.
 
     **Returns:**
 

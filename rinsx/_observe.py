@@ -41,7 +41,7 @@ class Notes:
 
     states: int = 0
     marks: list[Mark] = field(default_factory=list)
-    heads: list[Seen] = field(default_factory=list)
+    heads: list[tuple[str, Seen]] = field(default_factory=list)
 
     def name(self, state: PyTree) -> tuple[PyTree, Seen]:
         leaves, structure = jtu.tree_flatten(state)
@@ -92,22 +92,31 @@ def named(state: PyTree) -> tuple[PyTree, Seen]:
 def round_ends(node: Rounds, env: Env, i: int, before: Seen, state: PyTree) -> tuple[PyTree, Seen]:
     """`state` with names, as the state after round `i`, and before the next."""
     state, after = named(state)
-    loop = loop_of(node, env)
-    name = f"^{node.fixed}" if loop is None else loop.name
-    _current().marks.append(Mark(f"{name}={i + 1}", before, after))
+    _current().marks.append(Mark(f"{_label(node, env)}={i + 1}", before, after))
     return state, after
 
 
-def enter(state: PyTree) -> PyTree:
+def _label(node: Rounds, env: Env) -> str:
+    loop = loop_of(node, env)
+    return f"^{node.fixed}" if loop is None else str(loop.name)
+
+
+def enter(node: Rounds, env: Env, state: PyTree) -> PyTree:
     """`state` with names, as the state before a round that is left elsewhere, by `leave`."""
     state, seen = named(state)
-    _current().heads.append(seen)
+    _current().heads.append((_label(node, env), seen))
     return state
 
 
 def leave(node: Rounds, env: Env, state: PyTree) -> PyTree:
     """`state` with names, as the state after the first round of the loop that was entered last."""
-    return round_ends(node, env, 0, _current().heads.pop(), state)[0]
+    label, before = _current().heads.pop() if _current().heads else (None, None)
+    if before is None or label != _label(node, env):
+        raise ValueError(
+            f"rx.trace met the end of the first round of loop {_label(node, env)} without its beginning: the layers of a "
+            "rewired model must all run, in order"
+        )
+    return round_ends(node, env, 0, before, state)[0]
 
 
 def _current() -> Notes:

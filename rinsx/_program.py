@@ -231,7 +231,10 @@ def _in_range(loop: Loop) -> Loop:
     if isinstance(loop.rounds, int):
         check_limit(loop)
         return loop
-    rounds = jnp.asarray(loop.rounds, jnp.int32)
+    rounds: Any = loop.rounds
+    if jnp.iinfo(rounds.dtype).max > 2**31 - 1:
+        rounds = eqx.error_if(rounds, rounds > 2**31 - 1, f"{loop.name} is more than 2**31 - 1 rounds")
+    rounds = jnp.asarray(rounds, jnp.int32)
     most = limit(loop)
     rounds = eqx.error_if(rounds, rounds < 1, f"{loop.name} must be at least 1 round")
     if most is not None:

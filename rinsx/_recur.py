@@ -111,7 +111,7 @@ def compose(signature: str | Signature, blocks: Mapping[str, Callable], **loops:
     for name, block in blocks.items():
         if not callable(block):
             raise TypeError(f"block {name} is not callable: {block!r}")
-    _refuse_shared(blocks)
+    refuse_shared({**blocks, **bound})
     return Recursion(dict(blocks), bound, signature, signature.tree)
 
 
@@ -193,13 +193,13 @@ def _match(kind: str, wanted: set[str], given: set[str], signature: Signature, r
         )
 
 
-def _refuse_shared(blocks: Mapping[str, Callable]) -> None:
+def refuse_shared(parts: Mapping[str, PyTree]) -> None:
     """Two names for one module would become two copies, whose gradients no longer meet."""
     owners: dict[int, str] = {}
-    for name, block in blocks.items():
-        for leaf in jtu.tree_leaves(eqx.filter(block, eqx.is_inexact_array)):
+    for name, part in parts.items():
+        for leaf in jtu.tree_leaves(eqx.filter(part, eqx.is_inexact_array)):
             if owners.setdefault(id(leaf), name) != name:
                 raise ValueError(
-                    f"blocks {owners[id(leaf)]} and {name} hold the same array, {eqx.tree_pformat(leaf)}: a pytree would turn "
+                    f"{owners[id(leaf)]} and {name} hold the same array, {eqx.tree_pformat(leaf)}: a pytree would turn "
                     "it into two copies that train apart. Use one name for one module: 'A B A' visits A twice"
                 )

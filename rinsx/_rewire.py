@@ -1,5 +1,6 @@
 """Puts recursion into a model that others wrote, without editing it."""
 
+import dataclasses
 import itertools as it
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
@@ -11,7 +12,7 @@ from jaxtyping import PyTree
 from . import _observe
 from ._loop import Loop, Rounds as LoopRounds
 from ._program import Builder, opens, origin, Program, Rounds, Seq, tally, used, Visit
-from ._recur import bind
+from ._recur import bind, refuse_shared
 from ._run import run
 from ._signature import Signature
 from ._tree import Node
@@ -108,8 +109,11 @@ class Slot(eqx.Module):
         heads, tails = self.rewired.edges(self.index)
         builder, _ = self.rewired.program()
         env = builder.env(args, kwargs)
+        if env.key is not None:
+            # The layer splits the model's own key; further rounds draw from elsewhere, or the two could meet.
+            env = dataclasses.replace(env, key=jr.fold_in(env.key, 2**31))
         for node in reversed(heads):
-            state = _observe.enter(state) if _observe.active() else state
+            state = _observe.enter(node, env, state) if _observe.active() else state
             if node.loop is not None and opens(builder.loops[node.loop]):
                 state = apply(Visit(None), state, origin(env), env, Opening(node.loop, 0, None))
         layer = self.rewired.layers[self.index]
@@ -167,7 +171,8 @@ def rewire(
 
         What the model does between layers is not repeated. If it collects the outputs of layers, or adds something to the
         state halfway, it does so once, for the first round. If it hands keys to its layers by position, every further
-        round uses the same key as the first; keys handed by name, as `key=`, are folded anew for every visit.
+        round uses the same key as the first; keys handed by name, as `key=`, are folded anew for every visit. The state
+        must be the first positional argument of a layer.
 
     **Arguments:**
 
@@ -189,6 +194,7 @@ def rewire(
     """
     signature = Signature(signature)
     bound = bind(signature, loops)
+    refuse_shared(bound)
     found = where(model)
     target = where
     if isinstance(found, eqx.nn.Sequential):

@@ -65,6 +65,7 @@ class Stack(eqx.Module):
                 show = lambda layer: eqx.tree_pformat(layer, short_arrays=True)
                 raise ValueError(
                     f"Stack needs layers of one structure, but layer {i} is {show(layer)} and layer 0 is {show(layers[0])}"
+                    " (functions in them must be the same object)"
                 )
         stacked = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *arrays)
         self.layers = eqx.combine(stacked, rest[0])
@@ -87,7 +88,8 @@ class Stack(eqx.Module):
         storage = Full() if self.gradient is None else self.gradient
         state = as_state(state)
         unroll = unrolls(self.depth, state) if self.unroll is None else self.unroll
-        arrays, rest = eqx.partition(self.layers, eqx.is_array)
+        # What has no axis is not stacked: a number of rounds that was set for all layers at once.
+        arrays, rest = eqx.partition(self.layers, lambda x: eqx.is_array(x) and x.ndim > 0)
         key = kwargs.get("key")
 
         def layer(state, i, arrays):

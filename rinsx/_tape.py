@@ -56,8 +56,10 @@ def _taped_fwd(perturbed, diff, node, place):
     env, state = diff
     env = _within_maximum(env)
     start = Place(place.visits, place.entries, 0)
-    # Broadcast, not zeros: it keeps the sharding of the state, and works for PRNG keys.
-    tape = jtu.tree_map(lambda x: jnp.broadcast_to(x, (_slots(node, env), *x.shape)), state)
+    # One slot at least, since a loop of no rounds is traced all the same. Broadcast, not zeros: it keeps the
+    # sharding of the state, and works for PRNG keys.
+    slots = max(_slots(node, env), 1)
+    tape = jtu.tree_map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), state)
     state, tape = _forward(node, (state, tape), start, env)
     return state, tape
 

@@ -121,6 +121,11 @@ def _evaluate(jaxpr, consts, args, found: dict[str, Array]) -> list:
             outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
             outs = outs if eqn.primitive.multiple_results else [outs]
         if name == "name":
+            if eqn.params["name"] in found and eqn.params["name"].startswith("rx.trace["):
+                raise ValueError(
+                    "rx.trace cannot tell apart the calls of a jitted function that has a recursion inside and is called more "
+                    "than once: trace the function without its jit"
+                )
             found[eqn.params["name"]] = outs[0]
         env.update(zip(eqn.outvars, outs))
     return [read(atom) for atom in jaxpr.outvars]

@@ -45,6 +45,14 @@ def test_adapters_nesting_and_models_around():
     assert rx.flops.parameters(abstract) == count
 
 
+def test_adapters_in_a_visited_block_count_once():
+    inner = rx.recur(blocks("A")["A"], rx.Loop(2, adapter=rx.adapters.FiLM(DIM)))
+    wrapped = eqx.nn.Sequential([inner])
+    for block in (inner, wrapped):
+        count = rx.flops.parameters(rx.recur(block, 3, name="s"))
+        assert count.visited == 6 * DIM * DIM + 2 * DIM
+
+
 def test_the_light_adapter_is_under_a_percent_at_the_size_of_the_paper():
     """300M parameters, of width 1024: a decoder's 24 layers, their blocks counted by shape."""
     layer = lambda key: eqx.nn.MLP(1024, 1024, 6144, 1, key=key)

@@ -109,7 +109,7 @@ def test_no_visit_is_dropped_and_keys_differ():
     state = a(x, keys[:3])
     assert_close([seen.states[0]], [state], 1e-6)
     for n in (1, 2):
-        visit = jr.fold_in(jr.fold_in(keys[2], 0), n)
+        visit = jr.fold_in(jr.fold_in(jr.fold_in(keys[2], 2**31), 0), n)
         state = a(state, [jr.fold_in(visit, i) for i in range(3)])
         assert_close([seen.states[n]], [state], 1e-6)
 
@@ -153,6 +153,16 @@ def test_sequential_and_adapters():
         new = rx.rewire(model, lambda m: m, "A^r B", r=rx.Loop(rounds, max=2, adapter=film))
         want = in_order(model, (2, 3), in_order(model, (0, 1), film(in_order(model, (0, 1), film(x, 0)), 1)))
         assert_close([new(x)], [want], 1e-5)
+
+
+@pytest.mark.parametrize("text, static", [("A^r B", {"r": 1}), ("(A^r B)^s", {"r": 2, "s": 1})])
+def test_a_loop_with_no_further_round_has_a_gradient(text, static):
+    model = eqx.nn.Sequential([Layer(key) for key in jr.split(KEY, 2)])
+    loops = {name: rx.Loop(value, max=value) for name, value in static.items()}
+    new = rx.rewire(model, lambda m: m, text, **loops)
+    grad = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(6)) ** 2))
+    leaves = lambda tree: jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    assert_close(leaves(grad(rx.with_rounds(new, r=jnp.int32(static["r"])))), leaves(grad(new)), 1e-6)
 
 
 def test_truncation_cuts_the_first_round_too():

@@ -56,6 +56,15 @@ def test_as_a_block_under_every_number_of_rounds():
     assert_close(leaves(grad(rx.with_rounds(model, r=jnp.int32(3)))), leaves(grad(model)), 1e-5)
 
 
+@pytest.mark.parametrize("depth", [3, 20])
+def test_rounds_reach_recursions_in_the_layers(depth):
+    stack = rx.nn.Stack.make(lambda key: rx.recur(eqx.nn.Linear(4, 4, key=key), rx.Loop(2, max=3)), depth, key=KEY)
+    grad = eqx.filter_value_and_grad(lambda m: jnp.sum(m(jnp.ones(4))))
+    leaves = lambda tree: jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    traced, static = (grad(rx.with_rounds(stack, r=r)) for r in (jnp.int32(3), 3))
+    assert_close(leaves(traced), leaves(static), 1e-5)
+
+
 def test_bad_stacks():
     with pytest.raises(ValueError, match="at least one layer"):
         rx.nn.Stack([])

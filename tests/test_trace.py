@@ -96,5 +96,11 @@ def test_what_cannot_be_seen_is_an_error():
         rx.trace(inside, jnp.ones(DIM))
     with pytest.raises(ValueError, match="needs a Python integer for the rounds of r"):
         rx.trace(rx.with_rounds(model, r=jnp.int32(2)), jnp.ones(DIM))
+    jitted = jax.jit(lambda x: model(x))
+    with pytest.raises(ValueError, match="called more than once"):
+        rx.trace(lambda x: jitted(jitted(x)), jnp.ones(DIM))
+    layers = eqx.nn.Sequential([eqx.nn.Linear(4, 4, key=key) for key in jr.split(KEY, 2)])
+    with pytest.raises(ValueError, match="without its beginning"):
+        rx.trace(rx.rewire(layers, lambda m: m.layers, "A^r", r=2).layers[1], jnp.ones(4))
     seen = rx.trace(jnp.sin, jnp.ones(DIM))
     assert seen.rounds == () and seen.states == []

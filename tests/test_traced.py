@@ -120,6 +120,13 @@ def test_out_of_range_is_an_error_when_it_runs():
         rx.with_rounds(model, r=7)
 
 
+def test_wide_integers_do_not_wrap():
+    with jax.enable_x64(True):
+        model = rx.recur(rx.lift(jnp.sin), jnp.array(2**32 + 3, jnp.int64))
+        with pytest.raises(Exception, match="more than 2"):
+            eqx.filter_jit(model)(jnp.ones(2))
+
+
 def test_what_cannot_be_honoured_is_refused():
     x = jnp.ones(DIM)
     full = rx.recur(Noisy(KEY), rx.Loop(jnp.int32(2), max=3, gradient=rx.gradient.Full()))

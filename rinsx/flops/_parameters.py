@@ -23,7 +23,7 @@ class Parameters:
     unique: int
     """Numbers stored: elements of floating arrays, each once."""
     visited: int
-    """Numbers used: the parameters of a block as often as it is visited, everything else once."""
+    """Numbers used: the parameters of a block as often as it is visited, everything else, loops' own parts included, once."""
     adapters: int
     """Numbers stored in the adapters of loops."""
 
@@ -61,8 +61,14 @@ def parameters(model: PyTree) -> Parameters:
     `ValueError` if a number of rounds is traced, since how often a block is visited is then not known.
     """
     is_loop = lambda node: isinstance(node, Loop)
-    loops = filter(is_loop, jtu.tree_leaves(model, is_leaf=is_loop))
+    loops: Any = filter(is_loop, jtu.tree_leaves(model, is_leaf=is_loop))
     return Parameters(_size(model), _visited(model), sum(_size(loop.adapter) for loop in loops))
+
+
+def _of_loops(tree: PyTree) -> int:
+    """The parameters that belong to loops rather than blocks: of adapters, injections and starts."""
+    is_loop = lambda node: isinstance(node, Loop)
+    return sum(_size(loop) for loop in jtu.tree_leaves(tree, is_leaf=is_loop) if is_loop(loop))
 
 
 def _size(tree: PyTree) -> int:
@@ -94,6 +100,8 @@ def _visited(tree: PyTree) -> int:
                 )
         env = builder.env((), {})
         visits: Any = tally(program, env).visits
-        total += sum(times * _visited(block) for times, block in zip(visits, builder.blocks))
-        total += sum(_visited((loop.adapter, loop.inject, loop.start)) for loop in builder.loops)
+        for times, block in zip(visits, builder.blocks):
+            once = _of_loops(block)
+            total += times * (_visited(block) - once) + once
+        total += sum(_of_loops(loop) for loop in builder.loops)
     return total
