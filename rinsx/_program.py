@@ -5,6 +5,7 @@ them. A recursion that is itself a block of another is spliced in, so that nesti
 tape of saved states at any degree.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,7 @@ def restrict(node: Program, env: Env) -> Env:
     """`env` with only what `node` uses, so that nothing else is differentiated with it."""
     blocks, loops = used(node)
     keep = lambda values, numbers: tuple(v if i in numbers else None for i, v in enumerate(values))
-    return Env(keep(env.blocks, blocks), keep(env.loops, loops), env.args, env.kwargs, env.key, env.names)
+    return dataclasses.replace(env, blocks=keep(env.blocks, blocks), loops=keep(env.loops, loops))
 
 
 def sequence(parts: list[Program]) -> Program:

@@ -8,6 +8,7 @@ static rematerialised form costs, at any degree of nesting, and its memory is th
 A slot is the place of a visit in the program: strides come from the maxima, so that no slot moves with the rounds.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -209,7 +210,7 @@ def _backward_visit(node: Visit, grad, grads: Env, place: Place, walk: _Walk, op
         if loop is not None:
             env = _with_loop(env, loop, eqx.combine(parts[1], env.loops[loop]))
         args, kwargs = eqx.combine(parts[2], (env.args, env.kwargs))
-        env = Env(env.blocks, env.loops, args, kwargs, env.key, env.names)
+        env = dataclasses.replace(env, args=args, kwargs=kwargs)
         again = None if opening is None else opening._replace(entry=eqx.combine(entry, entry_kept))
         return inexact(apply(node, eqx.combine(given, kept_as), place, env, again))
 
@@ -221,17 +222,17 @@ def _backward_visit(node: Visit, grad, grads: Env, place: Place, walk: _Walk, op
     if loop is not None:
         grads = _with_loop(grads, loop, _add(grads.loops[loop], of_loop))
     args, kwargs = _add((grads.args, grads.kwargs), of_side)
-    return grad, Env(grads.blocks, grads.loops, args, kwargs, grads.key, grads.names), grad_entry
+    return grad, dataclasses.replace(grads, args=args, kwargs=kwargs), grad_entry
 
 
 def _with_block(env: Env, number: int, value: Any) -> Env:
     blocks = (*env.blocks[:number], value, *env.blocks[number + 1 :])
-    return Env(blocks, env.loops, env.args, env.kwargs, env.key, env.names)
+    return dataclasses.replace(env, blocks=blocks)
 
 
 def _with_loop(env: Env, number: Any, value: Any) -> Env:
     loops = (*env.loops[:number], value, *env.loops[number + 1 :])
-    return Env(env.blocks, loops, env.args, env.kwargs, env.key, env.names)
+    return dataclasses.replace(env, loops=loops)
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -352,4 +353,4 @@ def _within_maximum(env: Env) -> Env:
             message = f"{loop.name} is more rounds than its max={loop.max}, for which its tape has room"
             rounds: Any = eqx.error_if(loop.rounds, loop.rounds > loop.max, message)  # pyright: ignore
             loops[i] = eqx.tree_at(lambda loop: loop.rounds, loop, rounds)
-    return Env(env.blocks, tuple(loops), env.args, env.kwargs, env.key, env.names)
+    return dataclasses.replace(env, loops=tuple(loops))

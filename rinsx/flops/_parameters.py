@@ -60,15 +60,17 @@ def parameters(model: PyTree) -> Parameters:
 
     `ValueError` if a number of rounds is traced, since how often a block is visited is then not known.
     """
+    return Parameters(_size(model), _visited(model), sum(_size(loop.adapter) for loop in _loops(model)))
+
+
+def _loops(tree: PyTree) -> list[Loop]:
     is_loop = lambda node: isinstance(node, Loop)
-    loops: Any = filter(is_loop, jtu.tree_leaves(model, is_leaf=is_loop))
-    return Parameters(_size(model), _visited(model), sum(_size(loop.adapter) for loop in loops))
+    return [node for node in jtu.tree_leaves(tree, is_leaf=is_loop) if isinstance(node, Loop)]
 
 
 def _of_loops(tree: PyTree) -> int:
     """The parameters that belong to loops rather than blocks: of adapters, injections and starts."""
-    is_loop = lambda node: isinstance(node, Loop)
-    return sum(_size(loop) for loop in jtu.tree_leaves(tree, is_leaf=is_loop) if is_loop(loop))
+    return sum(_size(loop) for loop in _loops(tree))
 
 
 def _size(tree: PyTree) -> int:
