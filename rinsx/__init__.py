@@ -1,5 +1,6 @@
 """Recursion in depth as a first-class operator in JAX."""
 
+from importlib import import_module
 from importlib.metadata import version
 
 from . import (
@@ -8,6 +9,7 @@ from . import (
     flops as flops,
     gradient as gradient,
     injection as injection,
+    models as models,
     nn as nn,
     start as start,
 )
@@ -21,3 +23,10 @@ from ._trace import Trace as Trace, trace as trace
 
 
 __version__ = version("rinsx")
+
+
+def __getattr__(name: str):
+    # What needs more than the required dependencies is imported when it is first asked for.
+    if name in ("data", "train"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

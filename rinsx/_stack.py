@@ -113,7 +113,7 @@ class Stack(eqx.Module):
 
         - `layer`: a function from a key to a layer.
         - `depth`: how many layers.
-        - `key`: split into one for each layer.
+        - `key`: split into one for each layer; or an array of `depth` keys, one for each.
         - `options`: `gradient` and `unroll`, as above.
 
         **Returns:**
@@ -122,8 +122,9 @@ class Stack(eqx.Module):
         """
         if depth < 1:
             raise ValueError(f"Stack needs at least one layer, got depth={depth}")
-        shell = eqx.filter_eval_shape(lambda: Stack([layer(key)] * depth, **options))
-        return eqx.tree_at(lambda stack: stack.layers, shell, eqx.filter_vmap(layer)(jr.split(key, depth)))
+        keys = key if key.shape == (depth,) else jr.split(key, depth)
+        shell = eqx.filter_eval_shape(lambda: Stack([layer(keys[0])] * depth, **options))
+        return eqx.tree_at(lambda stack: stack.layers, shell, eqx.filter_vmap(layer)(keys))
 
 
 def _structure(layer: PyTree) -> PyTree:

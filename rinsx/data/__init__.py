@@ -1,0 +1,58 @@
+"""Data for language models: from a corpus to batches that are the same on every run.
+
+A corpus goes through five steps, each a function or a class.
+
+1. A *source* yields documents: [`rinsx.data.stdlib`][], [`rinsx.data.text`][], [`rinsx.data.jsonl`][],
+    [`rinsx.data.parquet`][], [`rinsx.data.huggingface`][], [`rinsx.data.documents`][].
+2. A *tokeniser* turns text into integers: [`rinsx.data.Bytes`][], [`rinsx.data.BPE`][].
+3. [`rinsx.data.tokenize`][] does that once, into a file that is mapped into memory. [`rinsx.data.split`][] holds a part out.
+4. [`rinsx.data.Windows`][] cuts the tokens into rows; [`rinsx.data.mix`][] mixes corpora.
+5. [`rinsx.data.batches`][] and [`rinsx.data.evaluation`][] are `grain` datasets of batches.
+
+!!! example
+
+    ```python
+    import rinsx as rx
+
+    tokens = rx.data.tokenize(rx.data.stdlib(), rx.data.Bytes())
+    train, validation = rx.data.split(tokens, "1/20")
+    for batch in rx.data.batches(rx.data.Windows(train, 128), 4):
+        print(batch["tokens"].shape)
+        break
+    ```
+
+It needs `pip install 'rinsx[train]'`.
+"""
+
+from ._hub import huggingface as huggingface
+from ._loader import batches as batches, evaluation as evaluation
+from ._mixture import mix as mix
+from ._records import jsonl as jsonl, parquet as parquet
+from ._sources import AbstractSource as AbstractSource, documents as documents, text as text
+from ._split import split as split
+from ._stdlib import stdlib as stdlib
+from ._tokenize import tokenize as tokenize
+from ._tokenizers import AbstractTokenizer as AbstractTokenizer, BPE as BPE, Bytes as Bytes
+from ._tokens import Tokens as Tokens
+from ._windows import Windows as Windows
+
+
+__all__ = [
+    "AbstractSource",
+    "AbstractTokenizer",
+    "BPE",
+    "Bytes",
+    "Tokens",
+    "Windows",
+    "batches",
+    "documents",
+    "evaluation",
+    "huggingface",
+    "jsonl",
+    "mix",
+    "parquet",
+    "split",
+    "stdlib",
+    "text",
+    "tokenize",
+]

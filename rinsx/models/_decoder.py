@@ -1,0 +1,253 @@
+"""A decoder-only language model whose depth structure is a signature."""
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._loop import Loop, Rounds
+from .._recur import compose, Recursion
+from .._signature import Signature
+from .._stack import Stack
+from ..gradient import AbstractStorage
+from ..nn import cross_entropy, Embedding, Linear, RMSNorm, rotary, TransformerLayer
+
+
+Tokens = Int[Array, "batch t"]
+Scalar = Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a [`rinsx.models.DecoderLM`][], apart from the order of its blocks.
+
+    !!! example
+
+        ```python
+        import dataclasses
+        import rinsx as rx
+
+        config = dataclasses.replace(rx.models.presets["nano"], width=64, heads=4)
+        ```
+
+    **Attributes:**
+
+    - `vocab_size`: how many tokens there are.
+    - `width`: the size of the state, a multiple of `heads`.
+    - `layers`: how many layers there are in all blocks together, each counted once.
+    - `heads`, `kv_heads`: heads of queries, and of keys and values (by default as many).
+    - `hidden`: the size inside an MLP; by default `8/3 * width` for SwiGLU, rounded up to a multiple of 16, and `4 * width` for GELU.
+    - `mlp`: `"swiglu"` or `"gelu"`.
+    - `tied`: whether the head is the embedding, transposed.
+    - `context`: the length of a training sequence, in tokens.
+    - `rope_base`: of the rotary positions.
+    - `dtype`: what the layers compute in, `"float32"` or `"bfloat16"`; weights, norms and logits are float32 always.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    hidden: int | None = None
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    tied: bool = True
+    context: int = 1024
+    rope_base: float = 10_000.0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "layers", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`dtype` must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
+        if self.hidden is None:
+            hidden = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 48) * 16
+            object.__setattr__(self, "hidden", hidden)
+
+
+class DecoderLM(eqx.Module):
+    """A pre-norm transformer over tokens: embedding, layers in the order of a signature, norm, head.
+
+    Layers have RMS norms, rotary positions, grouped-query attention, and a SwiGLU or GELU MLP. Each block of the signature is a
+    [`rinsx.nn.Stack`][] of layers.
+
+    The initial weights of layer `i` depend on the key and on `i` alone, so that models of one shape and different signatures start from the
+    same weights.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import jax.random as jr
+        import rinsx as rx
+
+        model = rx.models.DecoderLM(rx.models.presets["nano"], "A^r B", r=3, key=jr.key(0))
+        tokens = jnp.zeros((1, 16), int)
+        model(tokens).shape  # (1, 16, 257)
+        shallow = rx.with_rounds(model, r=1)(tokens)
+        ```
+    """
+
+    embedding: Embedding
+    body: Recursion
+    """The layers, as a block over states `[batch, t, width]`."""
+    norm: RMSNorm
+    head: Linear | None
+    """`None` where the head is tied to the embedding."""
+    config: DecoderConfig = eqx.field(static=True)
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        signature: str | Signature = "A B",
+        *,
+        split: Sequence[int] | None = None,
+        gradient: AbstractStorage | None = None,
+        unroll: bool | None = None,
+        key: PRNGKeyArray,
+        **loops: Loop | Rounds,
+    ):
+        """**Arguments:**
+
+        - `config`: the shape, such as one of [`rinsx.models.presets`][].
+        - `signature`: the order in which blocks are visited; see [`rinsx.Signature`][].
+        - `split`: how many layers each block has, in the order of `Signature.blocks`; by default equal shares.
+        - `gradient`, `unroll`: of each [`rinsx.nn.Stack`][]: what is stored of a layer, and whether its layers are unrolled.
+        - `key`: for the weights.
+        - `loops`: for each named exponent, a number of rounds or a [`rinsx.Loop`][] with adapter, injection, start and gradient.
+
+        **Raises:**
+
+        `ValueError` where `split` does not add up to `config.layers`, or the layers cannot be shared equally.
+        """
+        signature = Signature(signature)
+        split = _split(config.layers, signature, split)
+        key_embedding, key_layers, key_head = jr.split(key, 3)
+        hidden: Any = config.hidden
+
+        def layer(key):
+            return TransformerLayer(
+                config.width,
+                heads=config.heads,
+                kv_heads=config.kv_heads,
+                hidden=hidden,
+                mlp=config.mlp,
+                # Each layer adds twice to the state.
+                scale=(2 * config.layers) ** -0.5,
+                key=key,
+            )
+
+        keys = jr.split(key_layers, config.layers)
+        blocks, start = {}, 0
+        for name, depth in zip(signature.blocks, split):
+            keys_of_block = keys[start : start + depth]
+            blocks[name] = Stack.make(layer, depth, key=keys_of_block, gradient=gradient, unroll=unroll)
+            start += depth
+        self.embedding = Embedding(config.vocab_size, config.width, key=key_embedding)
+        self.body = compose(signature, blocks, **loops)
+        self.norm = RMSNorm(config.width)
+        self.head = None if config.tied else Linear(config.width, config.vocab_size, key=key_head)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        segments: Tokens | None = None,
+        positions: Tokens | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch t vocab"]:
+        """**Arguments:**
+
+        - `tokens`: integers below `vocab_size`.
+        - `segments`: the document that each token belongs to: attention stays within it. By default all is one document.
+        - `positions`: counted from the start of each document; by default from the start of the row.
+        - `key`: for starts and blocks that draw random numbers.
+
+        **Returns:**
+
+        Logits of the next token at every position, in float32.
+        """
+        hidden = self.hidden(tokens, segments=segments, positions=positions, key=key)
+        head = self._head().astype(hidden.dtype)
+        return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        *,
+        segments: Tokens | None = None,
+        positions: Tokens | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch t width"]:
+        """The normalised states that the head is applied to; the arguments are those of a call."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        dtype = jnp.dtype(self.config.dtype)
+        with jax.named_scope("embedding"):
+            state = self.embedding(tokens).astype(dtype)
+        context: dict[str, Any] = {
+            "rotary": rotary(positions, self.config.width // self.config.heads, base=self.config.rope_base),
+        }
+        if segments is not None:
+            context["segments"] = segments
+        if key is not None:
+            context["key"] = key
+        state = _computing_in(dtype, self.body)(state, **context)
+        with jax.named_scope("norm"):
+            return self.norm(state)
+
+    def loss(self, batch: Mapping[str, Array], key: PRNGKeyArray | None = None) -> tuple[Scalar, Scalar]:
+        """The loss of a batch, as [`rinsx.train`][] wants it: `DecoderLM.loss` is a function of a model, a batch and a key.
+
+        **Arguments:**
+
+        - `batch`: `tokens` and `targets`, and if there are any `segments`, `positions` and `weights`: arrays of shape `[batch, t]`.
+        - `key`: as in a call.
+
+        **Returns:**
+
+        The weighted sum of the negative log-likelihoods of the targets, in nats, and the sum of the weights.
+        """
+        context = {name: batch[name] for name in ("segments", "positions") if name in batch}
+        hidden = self.hidden(batch["tokens"], key=key, **context)
+        targets = batch["targets"]
+        weights = batch["weights"] if "weights" in batch else jnp.ones(targets.shape)
+        with jax.named_scope("head"):
+            return cross_entropy(hidden, self._head(), targets, weights)
+
+    def _head(self) -> Float[Array, "width vocab"]:
+        return self.embedding.weight.T if self.head is None else self.head.weight
+
+
+def _split(layers: int, signature: Signature, split: Sequence[int] | None) -> tuple[int, ...]:
+    blocks = signature.blocks
+    if split is None:
+        if layers % len(blocks) != 0:
+            raise ValueError(
+                f"{layers} layers cannot be shared equally by the {len(blocks)} blocks of {str(signature)!r}: give "
+                f"`split`, a number of layers for each of {', '.join(blocks)}."
+            )
+        return (layers // len(blocks),) * len(blocks)
+    split = tuple(operator.index(depth) for depth in split)
+    if len(split) != len(blocks) or min(split) < 1 or sum(split) != layers:
+        raise ValueError(
+            f"`split` gives each block of {str(signature)!r}, {', '.join(blocks)}, at least one of {layers} layers; got {split}."
+        )
+    return split
+
+
+def _computing_in(dtype: Any, body: Recursion) -> Recursion:
+    """The layers with their matrices cast, once for all visits. Norms and adapters cast as they go."""
+    cast = lambda node: jtu.tree_map(lambda w: w.astype(dtype), node) if isinstance(node, Linear) else node
+    blocks = jtu.tree_map(cast, body.blocks, is_leaf=lambda node: isinstance(node, Linear))
+    return dataclasses.replace(body, blocks=blocks)

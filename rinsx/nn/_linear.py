@@ -1,0 +1,122 @@
+"""Linear maps, embeddings and norms that act on the last axis of arrays of any rank."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Linear(eqx.Module):
+    """Multiplies the last axis by a matrix, with all other axes flattened into one: `x @ weight`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import jax.random as jr
+        import rinsx as rx
+
+        linear = rx.nn.Linear(8, 16, key=jr.key(0))
+        linear(jnp.ones((2, 5, 8))).shape  # (2, 5, 16)
+        ```
+    """
+
+    weight: Float[Array, "inputs outputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `inputs`, `outputs`: sizes of the last axis before and after.
+        - `scale`: the weights are drawn from a normal distribution of standard deviation `scale / sqrt(inputs)`, cut off at
+            three deviations.
+        - `key`: for the weights.
+        """
+        _at_least_one(inputs=inputs, outputs=outputs)
+        self.weight = _normal(key, (inputs, outputs), scale * inputs**-0.5)
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        """The product, in the dtype of `x`."""
+        # One matrix product over all rows: on CPU XLA runs a product with more axes slower.
+        flat = x.reshape(-1, x.shape[-1]) @ self.weight.astype(x.dtype)
+        return flat.reshape(*x.shape[:-1], -1)
+
+
+class Embedding(eqx.Module):
+    """A vector for each token.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import jax.random as jr
+        import rinsx as rx
+
+        embedding = rx.nn.Embedding(257, 8, key=jr.key(0))
+        embedding(jnp.array([[0, 5, 256]])).shape  # (1, 3, 8)
+        ```
+    """
+
+    weight: Float[Array, "tokens width"]
+
+    def __init__(self, tokens: int, width: int, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `tokens`: how many tokens there are.
+        - `width`: the size of a vector.
+        - `key`: for the weights, normal of standard deviation `1 / sqrt(width)`, so that logits of a tied head start at unit size.
+        """
+        _at_least_one(tokens=tokens, width=width)
+        self.weight = _normal(key, (tokens, width), width**-0.5)
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        """The vectors of `tokens`, whose numbers must be in range: this is not checked."""
+        return jnp.take(self.weight, tokens, axis=0)
+
+
+class RMSNorm(eqx.Module):
+    """Divides by the root of the mean square along the last axis, computed in float32, and scales.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import rinsx as rx
+
+        rx.nn.RMSNorm(8)(3 * jnp.ones((2, 8)))  # ones
+        ```
+
+    ??? cite "Reference"
+
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+    """
+
+    scale: Float[Array, " width"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6):
+        """**Arguments:**
+
+        - `width`: the size of the last axis.
+        - `epsilon`: added to the mean square.
+        """
+        _at_least_one(width=width)
+        self.scale = jnp.ones(width)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """The normalised array, in the dtype of `x`."""
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale).astype(x.dtype)
+
+
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
+    # Cutting a normal distribution at three deviations leaves 0.9866 of its deviation.
+    return jr.truncated_normal(key, -3.0, 3.0, shape) * (deviation / 0.98658)
+
+
+def _at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {size}.")

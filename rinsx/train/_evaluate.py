@@ -1,0 +1,105 @@
+"""Losses over a whole data set, at every depth of interest."""
+
+import itertools as it
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._loop import with_rounds
+from ._mesh import share_out
+from ._step import Loss
+
+
+class Totals(NamedTuple):
+    """What [`rinsx.train.evaluate`][] adds up at one depth.
+
+    **Attributes:**
+
+    - `total`, `weight`: what the loss returned for each batch, stacked along a new first axis: float32 NumPy arrays.
+    """
+
+    total: Float[np.ndarray, "batches ..."]
+    weight: Float[np.ndarray, "batches ..."]
+
+    @property
+    def mean(self) -> float:
+        """The sum of totals over the sum of weights, added up in float64."""
+        return float(np.sum(self.total, dtype=np.float64) / np.sum(self.weight, dtype=np.float64))
+
+
+def evaluate(
+    model: PyTree,
+    loss: Loss,
+    batches: Iterable[PyTree],
+    *,
+    rounds: Mapping[str, Sequence[int]] | None = None,
+    key: PRNGKeyArray | None = None,
+    mesh: Mesh | None = None,
+) -> dict[tuple[int, ...], Totals]:
+    """Adds up a loss over batches, at each number of rounds asked for, whether or not the model was trained at it.
+
+    One compiled program serves every depth, and each batch is read once.
+
+    !!! example
+
+        ```python
+        import jax.random as jr
+        import numpy as np
+        import rinsx as rx
+
+        model = rx.models.DecoderLM(rx.models.presets["nano"], "A^r B", r=3, key=jr.key(0))
+        tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
+        batches = [{"tokens": tokens, "targets": tokens + 1}]
+        found = rx.train.evaluate(model, rx.models.DecoderLM.loss, batches, rounds={"r": [1, 2]})
+        found[(2,)].mean  # nats per token at r=2
+        ```
+
+    **Arguments:**
+
+    - `model`: a model.
+    - `loss`: `(model, batch, key) -> (total, weight)`: scalars, or arrays such as one number a row.
+    - `batches`: batches of one shape, such as [`rinsx.data.evaluation`][] makes.
+    - `rounds`: for each name of a loop, the numbers of rounds; with several names, every combination. By default the model runs as it is.
+    - `key`: given to the loss, folded with the number of the batch. By default `jax.random.key(0)`.
+    - `mesh`: where `model` was placed, if it was; see [`rinsx.train.place`][].
+
+    **Returns:**
+
+    For each combination of rounds, a tuple in the order of the names, its [`rinsx.train.Totals`][]. Without `rounds` there is one, `()`.
+    """
+    rounds = {} if rounds is None else rounds
+    names = tuple(rounds)
+    depths = list(it.product(*rounds.values()))
+    if not depths:
+        raise ValueError(f"`rounds` must have at least one number of rounds for each name; got {dict(rounds)}.")
+    for depth in depths:
+        with_rounds(model, **dict(zip(names, depth)))  # refuses, before anything runs, what the model cannot do
+    key = jr.key(0) if key is None else key
+    seen: dict[tuple[int, ...], list[Any]] = {depth: [] for depth in depths}
+    count = 0
+    for i, batch in enumerate(batches):
+        batch = share_out(batch, mesh)
+        count += 1
+        for depth in depths:
+            deep = tuple(jnp.int32(r) for r in depth)
+            seen[depth].append(_losses(loss, names, mesh, model, batch, jr.fold_in(key, i), deep))
+    if count == 0:
+        raise ValueError("there are no batches to evaluate on.")
+    host = jax.device_get(seen)
+    return {depth: Totals(*(np.stack(column) for column in zip(*pairs))) for depth, pairs in host.items()}
+
+
+@eqx.filter_jit
+def _losses(loss, names, mesh, model, batch, key, depth) -> tuple[Array, Array]:
+    deep = with_rounds(model, **dict(zip(names, depth))) if names else model
+    out = loss(deep, batch, key)
+    if mesh is not None:
+        out = jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P()))
+    return out
