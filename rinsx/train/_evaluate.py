@@ -1,5 +1,6 @@
 """Losses over a whole data set, at every depth of interest."""
 
+import dataclasses
 import itertools as it
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._loop import with_rounds
+from .._loop import map_loops, with_rounds
 from ._mesh import share_out
 from ._step import Loss
 
@@ -98,8 +99,11 @@ def evaluate(
 
 @eqx.filter_jit
 def _losses(loss, names, mesh, model, batch, key, depth) -> tuple[Array, Array]:
-    deep = with_rounds(model, **dict(zip(names, depth))) if names else model
-    out = loss(deep, batch, key)
+    if names:
+        # What is stored for gradients, and whether rounds are unrolled, binds training only.
+        free = map_loops(lambda loop: dataclasses.replace(loop, gradient=None, unroll=None), model)
+        model = with_rounds(free, **dict(zip(names, depth)))
+    out = loss(model, batch, key)
     if mesh is not None:
         out = jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P()))
     return out

@@ -139,7 +139,7 @@ def fit(
     optimizer = optax.with_extra_args_support(optimizer)
     trained = _start(model, optimizer, mesh)
     iterator = iter(batches)
-    step, metrics = 0, {}
+    step, weight, metrics = 0, 0.0, {}
     if checkpoints is not None:
         if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
             raise TypeError(
@@ -149,39 +149,37 @@ def fit(
             if found.step > steps:
                 raise ValueError(f"the checkpoint is of step {found.step}, past the {steps} steps to train.")
             trained, step, metrics = found.state, found.step, dict(found.metrics)
+            weight = found.metadata["weight"]
             iterator.set_state(found.data)  # pyright: ignore[reportAttributeAccessIssue]
     stepper = Stepper(loss, optimizer, tuple(plan), tables(plan, specialise), accumulate, mesh)
     data = _Data(iterator, steps_per_call, accumulate, mesh)
     ledger = _Ledger(stepper, trained[0], plan, steps)
-    for log in logs:
-        log.resume(step)
-
     watch = _Watch()
     pending: tuple[int, int, Record] | None = None
 
     def settle() -> None:
         """Waits for the steps that were last begun, and writes what is known of them."""
-        nonlocal pending
+        nonlocal pending, weight
         if pending is None:
             return
         first, count, record = pending
         pending = None
         record = Record(*(np.asarray(column)[:count] for column in jax.device_get(record)))
-        speed = watch.lap()
+        seconds = watch.lap()
         _finite(record, first, checkpoints)
         end = first + count
-        spent = ledger.spent(end)
+        counted = float(np.sum(record.weight))
+        weight += counted
         values = {
-            "loss": float(np.sum(record.loss * record.weight) / max(np.sum(record.weight), 1)),
+            "loss": float(np.sum(record.loss * record.weight) / max(counted, 1)),
             "gradient_norm": float(record.gradient_norm[-1]),
-            "weight": float(np.sum(record.weight)),
-            "flops": float(spent),
-            "fraction": spent / ledger.total,
+            "fraction": ledger.spent(end) / ledger.total,
+            "flops": ledger.spent(end),
+            "tokens": weight,
         }
-        if speed is not None:
-            values["weight_per_second"] = values["weight"] / speed
-            values["flops_per_second"] = (spent - ledger.spent(first)) / speed
-            values["seconds_left"] = (ledger.total - spent) / max(values["flops_per_second"], 1e-9)
+        if seconds is not None:
+            values["tokens_per_second"] = counted / seconds
+            values["flops_per_second"] = (ledger.spent(end) - ledger.spent(first)) / seconds
         for name, rounds in plan.items():
             values[f"rounds_{name}"] = float(np.mean(rounds[first:end]))
         for log in logs:
@@ -211,7 +209,7 @@ def fit(
                     if saves and checkpoints is not None:
                         # Copied, since the next step writes over its input.
                         copy = jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, trained)
-                        checkpoints.save(step, copy, data=data.state, metrics=metrics)
+                        checkpoints.save(step, copy, data=data.state, metrics=metrics, metadata={"weight": weight})
             if stopped:
                 break
         settle()

@@ -252,7 +252,7 @@ _PEAKS = (
 )
 
 
-def peak_flops(device: jax.Device | None = None) -> float | None:
+def peak_flops(device: Any = None) -> float | None:
     """The most FLOPs per second that a device can do in bf16 on dense matrices, by its maker's figures.
 
     !!! example

@@ -1,0 +1,348 @@
+"""The arms of a comparison: which recursion, at which depths it trains, and how it is trained once."""
+
+import dataclasses
+import functools as ft
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+import rinsx as rx
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to recurse: a signature whose exponent `r` is what training sets, and how to set it."""
+
+    name: str
+    signature: str
+    rounds: int | None = None
+    options: Literal["plain", "latent", "adapter"] = "plain"
+    stochastic: bool = False
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("A B", "A B"),
+        Arm("A^2 B", "A^r B", 2),
+        Arm("A^3 B", "A^r B", 3),
+        Arm("(A B)^2", "(A B)^r", 2),
+        Arm("A B^2", "A B^r", 2),
+        Arm("A B^2 C latent", "A B^r C", 2, "latent"),
+        Arm("A^r B stochastic", "A^r B", 3, "adapter", True),
+    )
+}
+MEANINGS = {
+    "A B": "plain",
+    "A^2 B": "RINS",
+    "A^3 B": "RINS",
+    "(A B)^2": "repeat all over",
+    "A B^2": "late",
+    "A B^2 C latent": "latent recurrent thinking",
+    "A^r B stochastic": "stochastic RINS with adapters",
+}
+
+
+def arm(text: str) -> Arm:
+    """The arm of that name, or that of any signature: without names for exponents it is trained as it stands; else as `r=2`."""
+    if text in ARMS:
+        return ARMS[text]
+    signature = rx.Signature(text)
+    names = signature.exponents
+    if names not in ((), ("r",)):
+        raise ValueError(f"signature {text!r}: an arm has one named exponent, r, or none; got {', '.join(names)}")
+    return Arm(text, text, 2 if names else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Everything that the result of a run depends on, apart from its arm, seed and learning rate."""
+
+    width: int
+    layers: int
+    heads: int
+    length: int
+    batch: int
+    tokens: int
+    optimizer: Literal["muon", "adamw"]
+    law: str
+    law_max: int
+    law_skip: str
+    law_mean: float
+    rank: int
+    depths: tuple[int, ...]
+    windows: int
+    points: int
+    dtype: Literal["float32", "bfloat16"]
+    corpus: tuple[str, ...]
+    field: str
+    held_out: str
+    chunk: int | None
+    elsewhere: tuple[str, ...]
+    cache: str
+    shards: int
+
+    @property
+    def config(self) -> rx.models.DecoderConfig:
+        """The shape of every arm's decoder, over bytes."""
+        return rx.models.DecoderConfig(
+            257, self.width, self.layers, self.heads, context=self.length, dtype=self.dtype
+        )
+
+    def depth_law(self) -> rx.depth.AbstractLaw:
+        """The law of the stochastic arm."""
+        laws: dict[str, Callable[[], rx.depth.AbstractLaw]] = {
+            "binomial": lambda: rx.depth.Binomial(self.law_max, skip=self.law_skip),
+            "uniform": lambda: rx.depth.Uniform(1, self.law_max),
+            "poisson": lambda: rx.depth.Poisson(self.law_mean, max=self.law_max),
+            "lognormal-poisson": lambda: rx.depth.LogNormalPoisson(self.law_mean, max=self.law_max),
+        }
+        return laws[self.law]()
+
+
+def build(arm: Arm, setting: Setting, key: Any) -> rx.models.DecoderLM:
+    """The untrained model. Arms of one key start from the same weights, layer by layer."""
+    signature = rx.Signature(arm.signature)
+    number, layers = len(signature.blocks), setting.layers
+    # The middle block takes what equal halves would give to the loop: 2 + 2, 1 + 2 + 1.
+    outer = max(layers // (2 * (number - 1)), 1) if number > 2 else layers // number
+    split = [outer] * number
+    split[number // 2] += layers - sum(split)
+    loops = {}
+    if arm.rounds is not None:
+        most = setting.depth_law().max if arm.stochastic else arm.rounds
+        options: dict[str, Any] = {}
+        if arm.options == "latent":
+            # Added, so that all arms have the same parameters.
+            options = {"inject": rx.injection.Add(), "start": rx.start.Normal()}
+        elif arm.options == "adapter":
+            adapter = rx.adapters.LowRank(setting.width, rank=setting.rank, rounds=most, past="last", key=jr.fold_in(key, 1))
+            options = {"adapter": adapter}
+        # Everything is stored: no arm is charged for computing a state twice.
+        loops["r"] = rx.Loop(arm.rounds, max=most, gradient=rx.gradient.Full(), unroll=True, **options)
+    return rx.models.DecoderLM(
+        setting.config, signature, split=split, gradient=rx.gradient.Full(), unroll=True, key=key, **loops
+    )
+
+
+loss = rx.models.DecoderLM.loss
+
+
+def example(setting: Setting) -> dict[str, Any]:
+    """The shapes of a batch."""
+    names = ("tokens", "targets", "segments", "positions")
+    batch = {name: jax.ShapeDtypeStruct((setting.batch, setting.length), jnp.int32) for name in names}
+    return {**batch, "weights": jax.ShapeDtypeStruct((setting.batch, setting.length), jnp.float32)}
+
+
+def cost(arm: Arm, setting: Setting, rounds: int | None) -> int:
+    """The contractions of one training step at one depth."""
+    model = eqx.filter_eval_shape(build, arm, setting, jr.key(0))
+    depth = {} if rounds is None else {"r": rounds}
+    return int(rx.train.cost(loss, model, example(setting), **depth).matmul)
+
+
+def plan(arms: list[Arm], setting: Setting) -> rx.flops.Plan:
+    """How many steps each arm runs, at the training FLOPs of the first."""
+    costs: dict[str, Any] = {}
+    for arm in arms:
+        if arm.stochastic:
+            costs[arm.name] = rx.flops.expected(lambda r: cost(arm, setting, r), r=setting.depth_law())
+        else:
+            costs[arm.name] = cost(arm, setting, arm.rounds)
+    per_step = setting.batch * setting.length
+    tokens = -(-setting.tokens // per_step) * per_step
+    return rx.flops.match(costs, reference=arms[0].name, tokens=tokens, tokens_per_step=per_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained on, and the windows that are evaluated on: to choose learning rates, to report, and from elsewhere."""
+
+    train: rx.data.Windows
+    tune: rx.data.Windows
+    report: rx.data.Windows
+    elsewhere: rx.data.Windows | None
+    bytes_per_token: np.ndarray
+
+
+@ft.cache
+def load(setting: Setting) -> Data:
+    """The corpus, tokenised once into the cache."""
+    tokenizer = rx.data.Bytes()
+    source = _source(setting.corpus, setting.field)
+    tokens = rx.data.tokenize(source, tokenizer, setting.cache)
+    by: Any = "document" if setting.chunk is None else setting.chunk
+    train, held = rx.data.split(tokens, setting.held_out, by=by, seed=0)
+    tune, report = rx.data.split(held, "1/2", by="document", seed=1)
+    elsewhere = None
+    if setting.elsewhere:
+        other = rx.data.tokenize(_source(setting.elsewhere, setting.field), tokenizer, setting.cache)
+        elsewhere = rx.data.Windows(other, setting.length, drop_last=False)
+    whole = ft.partial(rx.data.Windows, length=setting.length, drop_last=False)
+    return Data(
+        rx.data.Windows(train, setting.length), whole(report), whole(tune), elsewhere, tokens.bytes_per_token
+    )
+
+
+def _source(paths: tuple[str, ...], field: str) -> rx.data.AbstractSource:
+    if not paths:
+        return rx.data.stdlib()
+    if all(".jsonl" in pathlib.Path(path).name for path in paths):
+        return rx.data.jsonl(*paths, field=field)
+    return rx.data.text(*paths)
+
+
+class Evaluator:
+    """Adds up nats and bytes of each of a fixed set of windows."""
+
+    def __init__(self, windows: rx.data.Windows, number: int, bytes_per_token: np.ndarray):
+        # Evenly spaced, so that every part of the text is heard.
+        chosen = np.unique(np.linspace(0, len(windows) - 1, min(number, len(windows))).astype(int))
+        size = 16
+        self.number = len(chosen)
+        padded = np.resize(chosen, -(-len(chosen) // size) * size)
+        self.batches = [windows.take(padded[i : i + size]) for i in range(0, len(padded), size)]
+        table = jnp.asarray(bytes_per_token)
+
+        def rows(model, batch, key):
+            def row(batch):
+                total, _ = loss(model, {name: x[None] for name, x in batch.items()}, key)
+                return total, jnp.sum(table[batch["targets"]] * batch["weights"])
+
+            return jax.vmap(row)(batch)
+
+        self.rows = rows
+
+    def __call__(self, model, depths: tuple[int, ...] | None, few: int | None = None) -> dict[Any, tuple[np.ndarray, np.ndarray]]:
+        """Nats and bytes of each window, at each depth (or at none, for a model without a loop)."""
+        batches = self.batches if few is None else self.batches[:: max(len(self.batches) // few, 1)]
+        rounds = None if depths is None else {"r": depths}
+        found = rx.train.evaluate(model, self.rows, batches, rounds=rounds)
+        flat = lambda x: x.reshape(-1)[: self.number].astype(np.float64)
+        return {(key[0] if key else None): (flat(t.total), flat(t.weight)) for key, t in found.items()}
+
+
+def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> float:
+    """Bits per byte of text."""
+    return float(nats.sum() / size.sum() / np.log(2))
+
+
+def identity(arm: Arm, setting: Setting, seed: int, rate: float, fingerprint: str) -> str:
+    """The name of a run: equal where everything that decides its result is."""
+    relevant = {**dataclasses.asdict(setting), "cache": None}
+    told = [dataclasses.asdict(arm), relevant, seed, rate, fingerprint, rx.__version__, jax.__version__]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def optimizer(setting: Setting, rate: float):
+    """Muon on matrices and AdamW on the rest, or AdamW on all; the learning rate follows the FLOPs spent."""
+    schedule = rx.train.cosine(rate, warmup=0.05, floor=0.05)
+    return {"muon": rx.train.muon, "adamw": rx.train.adamw}[setting.optimizer](schedule)
+
+
+# One optimiser for all seeds of an arm, so that they share a compiled program.
+_optimizer = ft.cache(optimizer)
+
+
+def train(
+    arm: Arm,
+    setting: Setting,
+    row: dict[str, Any],
+    seed: int,
+    rate: float,
+    *,
+    logs: list[Any],
+    checkpoints: pathlib.Path | None,
+    every: int,
+    tuning: bool,
+) -> dict[str, Any]:
+    """Trains one arm with one seed, and evaluates it; the result is plain JSON."""
+    begin = time.perf_counter()
+    data = load(setting)
+    steps = row["steps"]
+    model = build(arm, setting, jr.key(seed))
+    parameters = rx.flops.parameters(model)
+    mesh = rx.train.mesh(setting.shards) if jax.device_count() > 1 else None
+    if mesh is not None:
+        model = rx.train.place(model, mesh)
+    depth = {}
+    if arm.stochastic:
+        depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
+    elif arm.rounds is not None:
+        depth = {"r": arm.rounds}
+    at = None if arm.rounds is None else (arm.rounds,)
+    evaluator = Evaluator(data.tune if tuning else data.report, setting.windows, data.bytes_per_token)
+    curve = []
+    every_points = max(steps // setting.points, 1)
+
+    def evaluate(model):
+        ((nats, size),) = evaluator(model, at, few=8).values()
+        return {"bits_per_byte": bits_per_byte(nats, size)}
+
+    class Curve(rx.train.AbstractLog):
+        def write(self, step, metrics):
+            if "bits_per_byte" in metrics:
+                curve.append([step, metrics["bits_per_byte"]])
+
+        def close(self):
+            pass
+
+    store = None
+    if checkpoints is not None:
+        store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
+    run = rx.train.fit(
+        model,
+        loss,
+        rx.data.batches(data.train, setting.batch, seed=seed),
+        _optimizer(setting, rate),
+        steps=steps,
+        key=jr.key(2000 + seed),
+        depth=depth,
+        steps_per_call=max(min(50, every_points), 1),
+        evaluate=evaluate,
+        evaluate_every=every_points,
+        checkpoints=store,
+        logs=[Curve(), *logs],
+        mesh=mesh,
+    )
+    if store is not None:
+        store.close()
+    if run.stopped:
+        raise SystemExit(f"stopped by {run.stopped}; start again to continue")
+    trained = time.perf_counter() - begin
+    depths = None if arm.rounds is None else tuple(sorted({*setting.depths, arm.rounds}))
+    found = evaluator(run.model, depths if not tuning else at)
+    ((nats, size)) = found[arm.rounds]
+    result: dict[str, Any] = {
+        "arm": arm.name,
+        "seed": seed,
+        "learning_rate": rate,
+        "steps": run.step,
+        "tokens": run.step * setting.batch * setting.length,
+        "epochs": run.step * setting.batch / len(data.train),
+        "flops": run.flops,
+        "planned": row["total"],
+        "parameters": parameters.unique,
+        "adapters": parameters.adapters,
+        "bits_per_byte": bits_per_byte(nats, size),
+        "at_depth": {str(r): bits_per_byte(*pair) for r, pair in found.items()},
+        "windows": {"nats": [float(x) for x in nats], "bytes": [float(x) for x in size]},
+        "curve": curve,
+        "seconds": run.seconds,
+        "wall": trained,
+    }
+    if data.elsewhere is not None and not tuning:
+        other = Evaluator(data.elsewhere, setting.windows, data.bytes_per_token)
+        ((nats, size),) = other(run.model, at).values()
+        result["elsewhere"] = bits_per_byte(nats, size)
+    return result

@@ -1,0 +1,271 @@
+"""Shows a comparison: progress while it runs; then a table, a plot, and a JSON of results."""
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import matplotlib
+import numpy as np
+from _arms import MEANINGS
+from _statistics import differences, residual, smallest_visible
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.table import Table
+
+
+class Live:
+    """Shows what every worker is at; plain lines where there is no terminal."""
+
+    def __init__(self):
+        self.console = Console()
+        self.live = RichLive(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
+        self.begin = self.last = time.perf_counter()
+        self.at_start: int | None = None
+
+    def __enter__(self) -> Callable[..., None]:
+        if self.live is not None:
+            self.live.start()
+        return self.show
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self, done: int, total: int, workers: list[Any]) -> None:
+        """Shows how many runs are done, and what the others are at."""
+        now = time.perf_counter()
+        if self.live is None and now - self.last < 15 and done < total:
+            return
+        self.last = now
+        if self.at_start is None:
+            self.at_start = done
+        part = sum(worker.seen.get("fraction") or 0 for worker in workers if worker.job is not None)
+        worked = done - self.at_start + part
+        left = (total - done - part) * (now - self.begin) / worked if worked > 0 else math.nan
+        table = Table(title=f"{done} of {total} runs, {_minutes(now - self.begin)} passed, {_minutes(left)} left")
+        for column in ("arm", "seed", "done", "loss, nats", "tokens/s", "GFLOP/s"):
+            table.add_column(column, justify="left" if column == "arm" else "right")
+        for worker in workers:
+            if worker.job is None:
+                continue
+            seen = worker.seen
+            table.add_row(
+                worker.job["arm"]["name"],
+                str(worker.job["seed"]),
+                f"{seen.get('fraction', 0):.0%}",
+                _number(seen.get("loss"), ".3f"),
+                _number(seen.get("tokens_per_second"), ",.0f"),
+                _number((seen.get("flops_per_second") or math.nan) / 1e9, ".1f"),
+            )
+        if self.live is not None:
+            self.live.update(table)
+            return
+        at = "; ".join(
+            f"{worker.job['arm']['name']} seed {worker.job['seed']} {worker.seen.get('fraction', 0):.0%}"
+            for worker in workers
+            if worker.job is not None
+        )
+        print(f"{table.title}{': ' if at else ''}{at}", flush=True)
+
+
+def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results: list[Any], wall: float) -> None:
+    """Prints and writes what the comparison found."""
+    names = [arm.name for arm in arms]
+    by_arm = {name: sorted((r for r in results if r["arm"] == name), key=lambda r: r["seed"]) for name in names}
+    losses = np.array([[r["bits_per_byte"] for r in by_arm[name]] for name in names])
+    nats = np.array([[r["windows"]["nats"] for r in by_arm[name]] for name in names])
+    sizes = np.array(results[0]["windows"]["bytes"])
+    found = differences(losses, nats / math.log(2), sizes, 0)
+    deviation, freedom = residual(losses)
+    visible = smallest_visible(losses)
+    mean = lambda name, of: float(np.mean([r[of] for r in by_arm[name]]))
+
+    header = ["arm", "", "parameters", "MFLOPs/token", "tokens", "FLOPs", "off budget", "s", "tokens/s", "bits/byte", f"less {names[0]}", ""]
+    rows = []
+    for name, difference in zip(names, found):
+        first = by_arm[name][0]
+        speed = first["tokens"] / max(mean(name, "seconds"), 1e-9)
+        rows.append(
+            [
+                name,
+                MEANINGS.get(name, ""),
+                f"{first['parameters']:,}",
+                f"{first['flops'] / first['tokens'] / 1e6:.3f}",
+                f"{first['tokens']:,}",
+                f"{first['flops']:.4g}",
+                f"{first['flops'] / float(planned.budget) - 1:+.2%}",
+                f"{mean(name, 'wall'):.0f}",
+                f"{speed:,.0f}",
+                f"{losses[names.index(name)].mean():.4f}",
+                "" if name == names[0] else f"{difference.mean:+.4f} ± {difference.half:.4f}",
+                "" if name == names[0] else difference.verdict,
+            ]
+        )
+    deep = sorted({int(d) for r in results for d in r["at_depth"] if d != "None"})
+    depth_rows = []
+    for arm in arms:
+        at = by_arm[arm.name]
+        cells = []
+        for d in deep:
+            seen = [r["at_depth"].get(str(d)) for r in at]
+            trained = d == arm.rounds and not arm.stochastic
+            cells.append("" if None in seen else f"{np.mean(seen):.4f}{'*' if trained else ''}")
+        plain = f"{np.mean([r['bits_per_byte'] for r in at]):.4f}*" if arm.rounds is None else None
+        depth_rows.append([arm.name, *([plain] + [""] * (len(deep) - 1) if plain else cells)])
+
+    lines = [
+        f"{len(names)} arms, {losses.shape[1]} seeds, {len(sizes)} windows of held-out text; lower is better. Differences are paired over seeds; "
+        "± is the half width of a 95% interval",
+        f"(t, {freedom} degrees of freedom), with the deviation pooled over arms: {deviation:.4f} bits per byte.",
+        f"The smallest difference that this run could have seen is {visible:.4f} bits per byte; below it nothing is decided.",
+        f"The standard error of a difference over windows, apart from that, is up to {max(d.windows for d in found):.4f}.",
+        scale(setting, results),
+    ]
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(_rich("At the trained depth", header, rows))
+    console.print(_rich("Bits per byte by rounds at evaluation (* as trained)", ["arm", *(f"r={d}" for d in deep)], depth_rows))
+    if setting.elsewhere:
+        other = np.array([[r["elsewhere"] for r in by_arm[name]] for name in names])
+        apart = smallest_visible(other)
+        elsewhere = [
+            [name, f"{x.mean():.4f}", "" if i == 0 else f"{(x - other[0]).mean():+.4f} ± {apart:.4f}"]
+            for i, (name, x) in enumerate(zip(names, other))
+        ]
+        console.print(_rich("Text from elsewhere", ["arm", "bits/byte", f"less {names[0]}"], elsewhere))
+    else:
+        elsewhere = []
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print(f"wall time {_minutes(wall)}; written to {options.output}", highlight=False)
+
+    record = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": machine(),
+        "setting": {**setting.__dict__, "cache": None, "corpus": _names(setting.corpus), "elsewhere": _names(setting.elsewhere)},
+        "plan": {row.name: {"steps": row.steps, "tokens": row.tokens, "total": float(row.total)} for row in planned.rows},
+        "budget": float(planned.budget),
+        "deviation": deviation,
+        "smallest_visible": visible,
+        "differences": {
+            name: {"mean": d.mean, "half": d.half, "windows": d.windows, "verdict": d.verdict} for name, d in zip(names, found)
+        },
+        "runs": [{k: v for k, v in r.items() if k != "windows"} for r in results],
+        "wall": wall,
+    }
+    (options.output / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
+    parts = [_markdown(header, rows), _markdown(["arm", *(f"r={d}" for d in deep)], depth_rows)]
+    if elsewhere:
+        parts.append(_markdown(["arm", "elsewhere, bits/byte", f"less {names[0]}"], elsewhere))
+    (options.output / "results.md").write_text("\n\n".join([*parts, "\n".join(lines)]) + "\n", "utf-8")
+    plot(options.output / "loss.png", names, by_arm, visible)
+
+
+def scale(setting: Any, results: list[Any]) -> str:
+    """In one line, what the size of the run lets it say."""
+    baseline = results[0]
+    ratio = baseline["tokens"] / baseline["parameters"]
+    return (
+        f"What it can show: {baseline['parameters'] / 1e6:.2g}M parameters at {ratio:.0f} tokens each ({baseline['tokens'] / 1e6:.3g}M tokens, "
+        f"{baseline['epochs']:.2g} epochs for the baseline). The paper's effect is of 300M parameters and more, far longer trained: a small run shows "
+        "the method of the comparison, and neither confirms nor refutes the claim."
+    )
+
+
+def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> None:
+    """Prints and writes a sweep of learning rates."""
+    table = {arm.name: {r["learning_rate"]: r["bits_per_byte"] for r in results if r["arm"] == arm.name} for arm in arms}
+    grid = sorted(options.grid)
+    rows, best, edges = [], {}, []
+    for name, losses in table.items():
+        best[name] = min(losses, key=lambda rate: losses[rate])
+        if best[name] in (grid[0], grid[-1]):
+            edges.append(name)
+        rows.append([name, *(f"{losses[rate]:.4f}{'*' if rate == best[name] else ''}" for rate in grid)])
+    Console().print(_rich("Bits per byte by learning rate (* best)", ["arm", *(f"{rate:g}" for rate in grid)], rows))
+    if edges:
+        print(f"the best of {', '.join(edges)} is at an end of the grid: widen --grid")
+    sweep = {
+        **{name: getattr(setting, name) for name in ("optimizer", "width", "layers", "heads", "length", "batch", "tokens")},
+        "corpus": _names(setting.corpus) or ["standard library"],
+        "machine": machine(),
+        "losses": {name: {f"{rate:g}": losses[rate] for rate in grid} for name, losses in table.items()},
+        "best": best,
+        "interior": not edges,
+    }
+    (options.output / "tuned.json").write_text(json.dumps({"sweeps": [sweep]}, indent=1), "utf-8")
+
+
+def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: float) -> None:
+    """Loss against training FLOPs, one line an arm: the mean over seeds."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name in names:
+        curves = [np.array(r["curve"]) for r in by_arm[name]]
+        step = curves[0][:, 0]
+        flops = step / step[-1] * by_arm[name][0]["flops"]
+        label = f"{name}  {MEANINGS.get(name, '')}"
+        axes.plot(flops, np.mean([c[:, 1] for c in curves], axis=0), marker="o", markersize=3, linewidth=1.2, label=label)
+    axes.set(xlabel="training FLOPs (contractions, forward and backward)", ylabel="held-out bits per byte", xscale="log")
+    title = "equal training FLOPs" + ("" if math.isnan(visible) else f"; smallest visible difference {visible:.4f}")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions."""
+    import jax
+
+    processor = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    import os
+
+    packages = {name: version(name) for name in ("rinsx", "jax", "equinox", "optax", "grain", "numpy")}
+    devices = jax.devices()
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def _names(paths: tuple[str, ...]) -> list[str]:
+    # Only the ends of paths: where a machine keeps its data is no part of a result.
+    return ["/".join(path.replace("\\", "/").split("/")[-2:]) for path in paths]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _minutes(seconds: float) -> str:
+    return "?" if math.isnan(seconds) else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _rich(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < 1 or name == "" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return "\n".join([line(header), line(["---"] * len(header)), *(line(row) for row in rows)])

@@ -1,0 +1,72 @@
+"""What a comparison over seeds can say: paired differences, their intervals, and the smallest that could be seen."""
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The loss of one arm less that of the baseline.
+
+    **Attributes:**
+
+    - `mean`: over seeds.
+    - `half`: of the 95% interval over seeds; `nan` with a single seed.
+    - `windows`: the standard error over evaluation windows of the difference that is averaged over seeds. It says how well the
+        text that was evaluated on stands for more of its kind, and is no part of the interval.
+    """
+
+    mean: float
+    half: float
+    windows: float
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `not decided` where the interval holds zero."""
+        if not abs(self.mean) > self.half:
+            return "not decided"
+        return "better" if self.mean < 0 else "worse"
+
+
+def residual(losses: np.ndarray) -> tuple[float, int]:
+    """The standard deviation of what neither arm nor seed explains, pooled over arms, and its degrees of freedom.
+
+    `losses` has the shape `[arms, seeds]`. The layout is the two-way one without interaction, so that what a seed does to all arms
+    alike (its initial weights, its order of the data) cancels.
+    """
+    arms, seeds = losses.shape
+    freedom = (arms - 1) * (seeds - 1)
+    if freedom == 0:
+        return math.nan, 0
+    rest = losses - losses.mean(0, keepdims=True) - losses.mean(1, keepdims=True) + losses.mean()
+    return math.sqrt(float(np.sum(rest**2)) / freedom), freedom
+
+
+def smallest_visible(losses: np.ndarray) -> float:
+    """The half width of the 95% interval of a difference of two arms: what is smaller is not decided."""
+    deviation, freedom = residual(losses)
+    if freedom == 0:
+        return math.nan
+    return float(stats.t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / losses.shape[1])
+
+
+def differences(losses: np.ndarray, windows: np.ndarray, sizes: np.ndarray, baseline: int) -> list[Difference]:
+    """The difference of each arm to the baseline.
+
+    `losses` is `[arms, seeds]`. `windows` is `[arms, seeds, windows]`, the total of each window, and `sizes` is `[windows]`, what it
+    is divided by: the loss of an arm and a seed is the ratio of their sums.
+    """
+    half = smallest_visible(losses)
+    found = []
+    for arm in range(len(losses)):
+        apart = (windows[arm] - windows[baseline]).mean(0)
+        mean = float((losses[arm] - losses[baseline]).mean())
+        # Of a ratio of sums: the deviation of what each window adds beyond its share.
+        beyond = apart - sizes * apart.sum() / sizes.sum()
+        number = len(sizes)
+        error = math.sqrt(number / max(number - 1, 1) * float(np.sum(beyond**2))) / float(sizes.sum())
+        found.append(Difference(mean, half, error))
+    return found

@@ -1,0 +1,336 @@
+"""Which recursion pays at equal training FLOPs? Trains each on the same text, and says what the run can and cannot decide.
+
+    python benchmarks/compute_matched.py
+
+trains the seven arms of `_arms.py` on the text of Python's standard library, three seeds each, in a few minutes on two cores, and writes
+a table, a plot and a JSON of results into `outputs/compute_matched`. Interrupted, it goes on where it was; what is there is not
+computed again.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Literal
+
+import tyro
+
+
+HERE = pathlib.Path(__file__).parent
+TUNED = HERE / "tuned.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains each way to recurse at equal training FLOPs, and compares."""
+
+    arms: tuple[str, ...] = (
+        "A B",
+        "A^2 B",
+        "A^3 B",
+        "(A B)^2",
+        "A B^2",
+        "A B^2 C latent",
+        "A^r B stochastic",
+    )
+    """Names of arms, or any signatures, such as "A^4 B". The first is the baseline and sets the budget."""
+    preset: str | None = None
+    """Take width, layers, heads and length from a preset of rx.models.presets; the vocabulary is bytes always."""
+    width: int = 48
+    layers: int = 4
+    heads: int = 3
+    length: int = 128
+    """Tokens in a window."""
+    batch: int = 4
+    """Windows in a step."""
+    tokens: int = 900_000
+    """How many tokens the baseline is trained on."""
+    seeds: int = 3
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float | None = None
+    """For all arms; by default what `tuned.json` has for these shapes, or for the nearest that it has."""
+    law: Literal["binomial", "uniform", "poisson", "lognormal-poisson"] = "binomial"
+    """The depth distribution of the stochastic arm."""
+    law_max: int = 3
+    law_skip: str = "1/2"
+    """The probability of skipping a round, of the binomial law."""
+    law_mean: float = 2.0
+    """Of the Poisson laws."""
+    rank: int = 4
+    """Of the stochastic arm's low-rank adapters."""
+    depths: tuple[int, ...] = (1, 2, 3, 4)
+    """Numbers of rounds to evaluate at, besides the trained one."""
+    windows: int = 512
+    """How many windows of held-out text to evaluate on."""
+    points: int = 10
+    """How many points a curve has."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What layers compute in."""
+    corpus: tuple[pathlib.Path, ...] = ()
+    """Text files or folders of them, or JSON lines (.jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst). By default Python's standard library."""
+    field: str = "text"
+    """The field of JSON lines that holds the text."""
+    held_out: str = "1/20"
+    """The part of the corpus that is not trained on."""
+    chunk: int | None = None
+    """Hold out chunks of so many bytes from every document. By default whole documents are held out."""
+    elsewhere: tuple[pathlib.Path, ...] = ()
+    """More text to evaluate on, from outside the corpus."""
+    output: pathlib.Path = pathlib.Path("outputs/compute_matched")
+    workers: int | None = None
+    """Processes that train side by side, each on one core. By default one for each core; 1 where there is an accelerator."""
+    shards: int = 1
+    """In how many parts parameters are cut over the devices of a worker."""
+    save_every: int | None = None
+    """Save checkpoints after so many steps, for long runs. By default a run that is interrupted starts over."""
+    tune: bool = False
+    """Sweep the learning rate of each arm instead, on text that is not reported on, and write `tuned.json` into the output folder."""
+    grid: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
+    """The learning rates to sweep."""
+
+
+def setting_of(options: Options):
+    """What the results depend on."""
+    from _arms import Setting
+
+    import rinsx as rx
+
+    shape = {name: getattr(options, name) for name in ("width", "layers", "heads", "length")}
+    if options.preset is not None:
+        if options.preset not in rx.models.presets:
+            raise SystemExit(f"--preset is one of {', '.join(rx.models.presets)}; got {options.preset}")
+        config = rx.models.presets[options.preset]
+        shape = {"width": config.width, "layers": config.layers, "heads": config.heads, "length": config.context}
+    same = {f.name: getattr(options, f.name) for f in dataclasses.fields(Setting) if hasattr(options, f.name)}
+    paths = {name: tuple(str(path.resolve()) for path in getattr(options, name)) for name in ("corpus", "elsewhere")}
+    return Setting(**{**same, **shape, **paths, "cache": str((options.output / "tokens").resolve())})
+
+
+def rates(options: Options, setting: Any, names: list[str]) -> dict[str, float]:
+    """The learning rate of each arm: as asked, or as tuned for the nearest shapes."""
+    if options.learning_rate is not None:
+        return dict.fromkeys(names, options.learning_rate)
+    own = options.output / "tuned.json"
+    tuned = json.loads((own if own.exists() else TUNED).read_text("utf-8"))
+    sweeps = [sweep for sweep in tuned["sweeps"] if sweep["optimizer"] == setting.optimizer]
+    if not sweeps:
+        raise SystemExit(f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune first")
+    near = min(sweeps, key=lambda sweep: (abs(sweep["width"] - setting.width), abs(sweep["layers"] - setting.layers)))
+    if any(near[name] != getattr(setting, name) for name in ("width", "layers", "length", "batch", "tokens")):
+        shown = {name: near[name] for name in ("width", "layers", "length", "batch", "tokens")}
+        print(f"learning rates were tuned at {shown}, not at these shapes: --tune does it for these")
+    usual = sorted(near["best"].values())[len(near["best"]) // 2]
+    return {name: near["best"].get(name, usual) for name in names}
+
+
+#
+# The worker: trains what it is told, one job after the other.
+#
+
+
+def work() -> None:
+    """Reads jobs from standard input, a line of JSON each; answers with lines of progress and results."""
+    if "RINSX_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+        # One core for each worker, before JAX counts them and starts as many threads.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["RINSX_WORKER"]) % len(cores)]})
+    from _arms import Arm, Setting, train
+
+    import rinsx as rx
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    class Report(rx.train.AbstractLog):
+        def write(self, step, metrics):
+            if "loss" in metrics:
+                seen = {name: metrics.get(name) for name in ("loss", "fraction", "tokens_per_second", "flops_per_second")}
+                answers.write(json.dumps({"step": step, **seen}) + "\n")
+
+        def close(self):
+            pass
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["setting"].items()})
+        checkpoints = None if job["checkpoints"] is None else pathlib.Path(job["checkpoints"])
+        try:
+            result = train(
+                Arm(**job["arm"]),
+                setting,
+                job["row"],
+                job["seed"],
+                job["rate"],
+                logs=[Report()],
+                checkpoints=checkpoints,
+                every=job["every"],
+                tuning=job["tuning"],
+            )
+        except Exception as error:
+            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+            raise
+        answers.write(json.dumps({"result": result}) + "\n")
+
+
+class Worker:
+    """A process that trains, and what it last said."""
+
+    def __init__(self, number: int, alone: bool):
+        environment = dict(os.environ)
+        if not alone:
+            environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+            environment.update(OMP_NUM_THREADS="1", JAX_PLATFORMS="cpu", RINSX_WORKER=str(number))
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "compute_matched.py"), "--worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.job: dict[str, Any] | None = None
+        self.seen: dict[str, Any] = {}
+
+    def do(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The result of a job; what the worker says on the way is in `seen`."""
+        self.job, self.seen = job, {}
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            said = json.loads(line)
+            if "error" in said:
+                raise RuntimeError(f"{job['arm']['name']}, seed {job['seed']}: {said['error']}")
+            if "result" in said:
+                self.job = None
+                return said["result"]
+            self.seen = said
+        raise RuntimeError(f"{job['arm']['name']}, seed {job['seed']}: the worker ended with {self.process.wait()}")
+
+    def stop(self) -> None:
+        """Lets the process save what it has, if it saves anything, and ends it."""
+        self.process.terminate()
+        self.process.wait()
+
+
+#
+# The parent: plans, hands out jobs, shows progress.
+#
+
+
+def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[str, Any]]]:
+    """The arms, the plan, and all runs, those of one arm together."""
+    from _arms import arm, identity, load, plan
+
+    arms = [arm(text) for text in dict.fromkeys(options.arms)]
+    planned = plan(arms, setting)
+    fingerprint = load(setting).train.tokens.name + str(load(setting).train.tokens.number_of_tokens)
+    found = rates(options, setting, [a.name for a in arms]) if not options.tune else {}
+    jobs = []
+    for a in arms:
+        row = {"steps": planned[a.name].steps, "total": float(planned[a.name].total)}
+        for rate in options.grid if options.tune else [found[a.name]]:
+            for seed in range(1 if options.tune else options.seeds):
+                name = identity(a, setting, seed, rate, fingerprint + str(options.tune))
+                folder = None if options.save_every is None else str((options.output / "checkpoints" / name).resolve())
+                jobs.append(
+                    {
+                        "arm": dataclasses.asdict(a),
+                        "setting": dataclasses.asdict(setting),
+                        "row": row,
+                        "seed": seed,
+                        "rate": rate,
+                        "checkpoints": folder,
+                        "every": options.save_every or 1000,
+                        "tuning": options.tune,
+                        "name": name,
+                    }
+                )
+    return arms, planned, jobs
+
+
+def run_all(options: Options, jobs: list[dict[str, Any]], show: Any) -> list[dict[str, Any]]:
+    """The results of all runs, those of earlier calls included."""
+    folder = options.output / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = lambda job: folder / f"{job['name']}.json"
+    todo: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        if not path(job).exists():
+            todo.setdefault(job["arm"]["name"], []).append(job)
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    # Runs of one arm go to one worker, which compiles once; the dearest first, since they may end last.
+    for group in todo.values():
+        waiting.put(group)
+    number = options.workers or _default_workers()
+    number = max(min(number, waiting.qsize()), 1)
+    workers = [Worker(i, alone=number == 1) for i in range(number)] if todo else []
+    failed: list[BaseException] = []
+
+    def serve(worker: Worker) -> None:
+        try:
+            while not failed:
+                try:
+                    group = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                for job in group:
+                    result = worker.do(job)
+                    staged = path(job).with_suffix(".new")
+                    staged.write_text(json.dumps(result), "utf-8")
+                    os.replace(staged, path(job))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        done = lambda: sum(path(job).exists() for job in jobs)
+        while any(thread.is_alive() for thread in threads) and not failed:
+            show(done(), len(jobs), workers)
+            time.sleep(0.5)
+        show(done(), len(jobs), workers)
+    finally:
+        for worker in workers:
+            worker.stop()
+    if failed:
+        raise SystemExit(str(failed[0]))
+    return [json.loads(path(job).read_text("utf-8")) for job in jobs]
+
+
+def _default_workers() -> int:
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    """The command."""
+    if sys.argv[1:] == ["--worker"]:
+        work()
+        return
+    options = tyro.cli(Options, description=__doc__)
+    import _report
+
+    begin = time.perf_counter()
+    options.output.mkdir(parents=True, exist_ok=True)
+    setting = setting_of(options)
+    arms, planned, jobs = jobs_of(options, setting)
+    print(planned)
+    with _report.Live() as show:
+        results = run_all(options, jobs, show)
+    if options.tune:
+        _report.tuned(options, setting, arms, results)
+    else:
+        _report.compared(options, setting, arms, planned, results, time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    main()
