@@ -94,9 +94,7 @@ class Setting:
     @property
     def config(self) -> rx.models.DecoderConfig:
         """The shape of every arm's decoder, over bytes."""
-        return rx.models.DecoderConfig(
-            257, self.width, self.layers, self.heads, context=self.length, dtype=self.dtype
-        )
+        return rx.models.DecoderConfig(257, self.width, self.layers, self.heads, context=self.length, dtype=self.dtype)
 
     def depth_law(self) -> rx.depth.AbstractLaw:
         """The law of the stochastic arm."""
@@ -125,7 +123,9 @@ def build(arm: Arm, setting: Setting, key: Any) -> rx.models.DecoderLM:
             # Added, so that all arms have the same parameters.
             options = {"inject": rx.injection.Add(), "start": rx.start.Normal()}
         elif arm.options == "adapter":
-            adapter = rx.adapters.LowRank(setting.width, rank=setting.rank, rounds=most, past="last", key=jr.fold_in(key, 1))
+            adapter = rx.adapters.LowRank(
+                setting.width, rank=setting.rank, rounds=most, past="last", key=jr.fold_in(key, 1)
+            )
             options = {"adapter": adapter}
         # Everything is stored: no arm is charged for computing a state twice.
         loops["r"] = rx.Loop(arm.rounds, max=most, gradient=rx.gradient.Full(), unroll=True, **options)
@@ -173,6 +173,7 @@ class Data:
     report: rx.data.Windows
     elsewhere: rx.data.Windows | None
     bytes_per_token: np.ndarray
+    fingerprint: str
 
 
 @ft.cache
@@ -183,14 +184,21 @@ def load(setting: Setting) -> Data:
     tokens = rx.data.tokenize(source, tokenizer, setting.cache)
     by: Any = "document" if setting.chunk is None else setting.chunk
     train, held = rx.data.split(tokens, setting.held_out, by=by, seed=0)
-    tune, report = rx.data.split(held, "1/2", by="document", seed=1)
+    report, tune = rx.data.split(held, "1/2", by="document", seed=1)
     elsewhere = None
+    digest = hashlib.sha256(tokens.tokens.tobytes())
     if setting.elsewhere:
         other = rx.data.tokenize(_source(setting.elsewhere, setting.field), tokenizer, setting.cache)
         elsewhere = rx.data.Windows(other, setting.length, drop_last=False)
+        digest.update(other.tokens.tobytes())
     whole = ft.partial(rx.data.Windows, length=setting.length, drop_last=False)
     return Data(
-        rx.data.Windows(train, setting.length), whole(report), whole(tune), elsewhere, tokens.bytes_per_token
+        rx.data.Windows(train, setting.length),
+        whole(tune),
+        whole(report),
+        elsewhere,
+        tokens.bytes_per_token,
+        digest.hexdigest(),
     )
 
 
@@ -223,7 +231,9 @@ class Evaluator:
 
         self.rows = rows
 
-    def __call__(self, model, depths: tuple[int, ...] | None, few: int | None = None) -> dict[Any, tuple[np.ndarray, np.ndarray]]:
+    def __call__(
+        self, model, depths: tuple[int, ...] | None, few: int | None = None
+    ) -> dict[Any, tuple[np.ndarray, np.ndarray]]:
         """Nats and bytes of each window, at each depth (or at none, for a model without a loop)."""
         batches = self.batches if few is None else self.batches[:: max(len(self.batches) // few, 1)]
         rounds = None if depths is None else {"r": depths}
@@ -238,8 +248,8 @@ def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> float:
 
 
 def identity(arm: Arm, setting: Setting, seed: int, rate: float, fingerprint: str) -> str:
-    """The name of a run: equal where everything that decides its result is."""
-    relevant = {**dataclasses.asdict(setting), "cache": None}
+    """The name of a run: equal where everything that decides its result is, wherever the data lies."""
+    relevant = {**dataclasses.asdict(setting), "cache": None, "corpus": None, "elsewhere": None}
     told = [dataclasses.asdict(arm), relevant, seed, rate, fingerprint, rx.__version__, jax.__version__]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

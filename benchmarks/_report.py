@@ -5,6 +5,7 @@ import math
 import platform
 import sys
 import time
+from _statistics import differences, residual, smallest_visible
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from _arms import MEANINGS
-from _statistics import differences, residual, smallest_visible
 from rich.console import Console
 from rich.live import Live as RichLive
 from rich.table import Table
@@ -85,7 +85,20 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     visible = smallest_visible(losses)
     mean = lambda name, of: float(np.mean([r[of] for r in by_arm[name]]))
 
-    header = ["arm", "", "parameters", "MFLOPs/token", "tokens", "FLOPs", "off budget", "s", "tokens/s", "bits/byte", f"less {names[0]}", ""]
+    header = [
+        "arm",
+        "",
+        "parameters",
+        "MFLOPs/token",
+        "tokens",
+        "FLOPs",
+        "off budget",
+        "s",
+        "tokens/s",
+        "bits/byte",
+        f"less {names[0]}",
+        "",
+    ]
     rows = []
     for name, difference in zip(names, found):
         first = by_arm[name][0]
@@ -119,8 +132,8 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
         depth_rows.append([arm.name, *([plain] + [""] * (len(deep) - 1) if plain else cells)])
 
     lines = [
-        f"{len(names)} arms, {losses.shape[1]} seeds, {len(sizes)} windows of held-out text; lower is better. Differences are paired over seeds; "
-        "± is the half width of a 95% interval",
+        f"{len(names)} arms, {losses.shape[1]} seeds, {len(sizes)} windows of held-out text; lower is better.",
+        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference "
         f"(t, {freedom} degrees of freedom), with the deviation pooled over arms: {deviation:.4f} bits per byte.",
         f"The smallest difference that this run could have seen is {visible:.4f} bits per byte; below it nothing is decided.",
         f"The standard error of a difference over windows, apart from that, is up to {max(d.windows for d in found):.4f}.",
@@ -128,7 +141,9 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     ]
     console = Console(width=None if Console().is_terminal else 200)
     console.print(_rich("At the trained depth", header, rows))
-    console.print(_rich("Bits per byte by rounds at evaluation (* as trained)", ["arm", *(f"r={d}" for d in deep)], depth_rows))
+    console.print(
+        _rich("Bits per byte by rounds at evaluation (* as trained)", ["arm", *(f"r={d}" for d in deep)], depth_rows)
+    )
     if setting.elsewhere:
         other = np.array([[r["elsewhere"] for r in by_arm[name]] for name in names])
         apart = smallest_visible(other)
@@ -146,13 +161,21 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     record = {
         "command": "python " + " ".join(sys.argv),
         "machine": machine(),
-        "setting": {**setting.__dict__, "cache": None, "corpus": _names(setting.corpus), "elsewhere": _names(setting.elsewhere)},
-        "plan": {row.name: {"steps": row.steps, "tokens": row.tokens, "total": float(row.total)} for row in planned.rows},
+        "setting": {
+            **setting.__dict__,
+            "cache": None,
+            "corpus": _names(setting.corpus),
+            "elsewhere": _names(setting.elsewhere),
+        },
+        "plan": {
+            row.name: {"steps": row.steps, "tokens": row.tokens, "total": float(row.total)} for row in planned.rows
+        },
         "budget": float(planned.budget),
         "deviation": deviation,
         "smallest_visible": visible,
         "differences": {
-            name: {"mean": d.mean, "half": d.half, "windows": d.windows, "verdict": d.verdict} for name, d in zip(names, found)
+            name: {"mean": d.mean, "half": d.half, "windows": d.windows, "verdict": d.verdict}
+            for name, d in zip(names, found)
         },
         "runs": [{k: v for k, v in r.items() if k != "windows"} for r in results],
         "wall": wall,
@@ -169,16 +192,19 @@ def scale(setting: Any, results: list[Any]) -> str:
     """In one line, what the size of the run lets it say."""
     baseline = results[0]
     ratio = baseline["tokens"] / baseline["parameters"]
+    size, tokens = baseline["parameters"] / 1e6, baseline["tokens"] / 1e6
     return (
-        f"What it can show: {baseline['parameters'] / 1e6:.2g}M parameters at {ratio:.0f} tokens each ({baseline['tokens'] / 1e6:.3g}M tokens, "
-        f"{baseline['epochs']:.2g} epochs for the baseline). The paper's effect is of 300M parameters and more, far longer trained: a small run shows "
-        "the method of the comparison, and neither confirms nor refutes the claim."
+        f"What it can show: {size:.2g}M parameters, {tokens:.3g}M tokens for the baseline ({ratio:.0f} a parameter, "
+        f"{baseline['epochs']:.2g} epochs). The paper's effect is of 300M parameters and more, trained far longer: "
+        "a run of this size shows the method of the comparison, and neither confirms nor refutes the claim."
     )
 
 
 def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> None:
     """Prints and writes a sweep of learning rates."""
-    table = {arm.name: {r["learning_rate"]: r["bits_per_byte"] for r in results if r["arm"] == arm.name} for arm in arms}
+    table = {
+        arm.name: {r["learning_rate"]: r["bits_per_byte"] for r in results if r["arm"] == arm.name} for arm in arms
+    }
     grid = sorted(options.grid)
     rows, best, edges = [], {}, []
     for name, losses in table.items():
@@ -190,7 +216,10 @@ def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> No
     if edges:
         print(f"the best of {', '.join(edges)} is at an end of the grid: widen --grid")
     sweep = {
-        **{name: getattr(setting, name) for name in ("optimizer", "width", "layers", "heads", "length", "batch", "tokens")},
+        **{
+            name: getattr(setting, name)
+            for name in ("optimizer", "width", "layers", "heads", "length", "batch", "tokens")
+        },
         "corpus": _names(setting.corpus) or ["standard library"],
         "machine": machine(),
         "losses": {name: {f"{rate:g}": losses[rate] for rate in grid} for name, losses in table.items()},
@@ -211,8 +240,12 @@ def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: flo
         step = curves[0][:, 0]
         flops = step / step[-1] * by_arm[name][0]["flops"]
         label = f"{name}  {MEANINGS.get(name, '')}"
-        axes.plot(flops, np.mean([c[:, 1] for c in curves], axis=0), marker="o", markersize=3, linewidth=1.2, label=label)
-    axes.set(xlabel="training FLOPs (contractions, forward and backward)", ylabel="held-out bits per byte", xscale="log")
+        axes.plot(
+            flops, np.mean([c[:, 1] for c in curves], axis=0), marker="o", markersize=3, linewidth=1.2, label=label
+        )
+    axes.set(
+        xlabel="training FLOPs (contractions, forward and backward)", ylabel="held-out bits per byte", xscale="log"
+    )
     title = "equal training FLOPs" + ("" if math.isnan(visible) else f"; smallest visible difference {visible:.4f}")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")

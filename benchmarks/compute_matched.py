@@ -2,16 +2,15 @@
 
     python benchmarks/compute_matched.py
 
-trains the seven arms of `_arms.py` on the text of Python's standard library, three seeds each, in a few minutes on two cores, and writes
-a table, a plot and a JSON of results into `outputs/compute_matched`. Interrupted, it goes on where it was; what is there is not
-computed again.
+trains the seven arms of `_arms.py` on the text of Python's standard library, three seeds each, in a few minutes on two
+cores. It writes a table, a plot and a JSON of results into `outputs/compute_matched`. Interrupted, it goes on where it was;
+what is there is not computed again.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
-import queue
 import subprocess
 import sys
 import threading
@@ -72,7 +71,7 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in."""
     corpus: tuple[pathlib.Path, ...] = ()
-    """Text files or folders of them, or JSON lines (.jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst). By default Python's standard library."""
+    """Text files, folders of them, or JSON lines (.jsonl, also .gz, .xz, .zst). By default Python's standard library."""
     field: str = "text"
     """The field of JSON lines that holds the text."""
     held_out: str = "1/20"
@@ -100,14 +99,18 @@ def setting_of(options: Options):
 
     import rinsx as rx
 
-    shape = {name: getattr(options, name) for name in ("width", "layers", "heads", "length")}
+    shape: dict[str, Any] = {name: getattr(options, name) for name in ("width", "layers", "heads", "length")}
     if options.preset is not None:
         if options.preset not in rx.models.presets:
             raise SystemExit(f"--preset is one of {', '.join(rx.models.presets)}; got {options.preset}")
         config = rx.models.presets[options.preset]
         shape = {"width": config.width, "layers": config.layers, "heads": config.heads, "length": config.context}
-    same = {f.name: getattr(options, f.name) for f in dataclasses.fields(Setting) if hasattr(options, f.name)}
-    paths = {name: tuple(str(path.resolve()) for path in getattr(options, name)) for name in ("corpus", "elsewhere")}
+    same: dict[str, Any] = {
+        f.name: getattr(options, f.name) for f in dataclasses.fields(Setting) if hasattr(options, f.name)
+    }
+    paths: dict[str, Any] = {
+        name: tuple(str(path.resolve()) for path in getattr(options, name)) for name in ("corpus", "elsewhere")
+    }
     return Setting(**{**same, **shape, **paths, "cache": str((options.output / "tokens").resolve())})
 
 
@@ -119,7 +122,9 @@ def rates(options: Options, setting: Any, names: list[str]) -> dict[str, float]:
     tuned = json.loads((own if own.exists() else TUNED).read_text("utf-8"))
     sweeps = [sweep for sweep in tuned["sweeps"] if sweep["optimizer"] == setting.optimizer]
     if not sweeps:
-        raise SystemExit(f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune first")
+        raise SystemExit(
+            f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune first"
+        )
     near = min(sweeps, key=lambda sweep: (abs(sweep["width"] - setting.width), abs(sweep["layers"] - setting.layers)))
     if any(near[name] != getattr(setting, name) for name in ("width", "layers", "length", "batch", "tokens")):
         shown = {name: near[name] for name in ("width", "layers", "length", "batch", "tokens")}
@@ -149,7 +154,9 @@ def work() -> None:
     class Report(rx.train.AbstractLog):
         def write(self, step, metrics):
             if "loss" in metrics:
-                seen = {name: metrics.get(name) for name in ("loss", "fraction", "tokens_per_second", "flops_per_second")}
+                seen = {
+                    name: metrics.get(name) for name in ("loss", "fraction", "tokens_per_second", "flops_per_second")
+                }
                 answers.write(json.dumps({"step": step, **seen}) + "\n")
 
         def close(self):
@@ -157,7 +164,8 @@ def work() -> None:
 
     for line in sys.stdin:
         job = json.loads(line)
-        setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["setting"].items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job["setting"].items()}
+        setting = Setting(**given)
         checkpoints = None if job["checkpoints"] is None else pathlib.Path(job["checkpoints"])
         try:
             result = train(
@@ -228,7 +236,7 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
 
     arms = [arm(text) for text in dict.fromkeys(options.arms)]
     planned = plan(arms, setting)
-    fingerprint = load(setting).train.tokens.name + str(load(setting).train.tokens.number_of_tokens)
+    fingerprint = load(setting).fingerprint
     found = rates(options, setting, [a.name for a in arms]) if not options.tune else {}
     jobs = []
     for a in arms:
@@ -262,27 +270,31 @@ def run_all(options: Options, jobs: list[dict[str, Any]], show: Any) -> list[dic
     for job in jobs:
         if not path(job).exists():
             todo.setdefault(job["arm"]["name"], []).append(job)
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    # Runs of one arm go to one worker, which compiles once; the dearest first, since they may end last.
-    for group in todo.values():
-        waiting.put(group)
-    number = options.workers or _default_workers()
-    number = max(min(number, waiting.qsize()), 1)
+    groups = list(todo.values())
+    lock = threading.Lock()
+    number = max(min(options.workers or _default_workers(), sum(map(len, groups))), 1)
     workers = [Worker(i, alone=number == 1) for i in range(number)] if todo else []
+    begun: list[list[dict[str, Any]]] = []
     failed: list[BaseException] = []
+
+    def take(group: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+        # Runs of one arm go to one worker, which compiles once; who has nothing left helps where most is left.
+        with lock:
+            if not group and groups:
+                group = groups.pop(0)
+                begun.append(group)
+            group = group or max(begun, key=len, default=[])
+            return (group, group.pop(0)) if group else None
 
     def serve(worker: Worker) -> None:
         try:
-            while not failed:
-                try:
-                    group = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                for job in group:
-                    result = worker.do(job)
-                    staged = path(job).with_suffix(".new")
-                    staged.write_text(json.dumps(result), "utf-8")
-                    os.replace(staged, path(job))
+            group: list[dict[str, Any]] = []
+            while not failed and (job := take(group)) is not None:
+                group = job[0]
+                result = worker.do(job[1])
+                staged = path(job[1]).with_suffix(".new")
+                staged.write_text(json.dumps(result), "utf-8")
+                os.replace(staged, path(job[1]))
         except BaseException as error:
             failed.append(error)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from ._unroll import unrolls
 from ._visit import as_state, checked
@@ -106,7 +106,13 @@ class Stack(eqx.Module):
         return lax.scan(step, state, (jnp.arange(self.depth, dtype=jnp.int32), arrays))[0]
 
     @staticmethod
-    def make(layer: Callable[[PRNGKeyArray], Callable], depth: int, *, key: PRNGKeyArray, **options: Any) -> "Stack":
+    def make(
+        layer: Callable[[PRNGKeyArray], Callable],
+        depth: int,
+        *,
+        key: PRNGKeyArray | Key[Array, "depth"],
+        **options: Any,
+    ) -> "Stack":
         """Makes the layers all at once: the same as `Stack([layer(k) for k in jr.split(key, depth)])`, and faster.
 
         **Arguments:**

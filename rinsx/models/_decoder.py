@@ -80,8 +80,8 @@ class DecoderLM(eqx.Module):
     Layers have RMS norms, rotary positions, grouped-query attention, and a SwiGLU or GELU MLP. Each block of the signature is a
     [`rinsx.nn.Stack`][] of layers.
 
-    The initial weights of layer `i` depend on the key and on `i` alone, so that models of one shape and different signatures start from the
-    same weights.
+    The initial weights of layer `i` depend on the key and on `i` alone, so that models of one shape and different signatures
+    start from the same weights.
 
     !!! example
 

@@ -7,7 +7,7 @@ from .._stack import Stack as Stack
 from ._attention import Attention as Attention, causal_attention as causal_attention
 from ._cross_entropy import cross_entropy as cross_entropy
 from ._linear import Embedding as Embedding, Linear as Linear, RMSNorm as RMSNorm
-from ._rotary import rotary as rotary, Rotary as Rotary, rotate as rotate
+from ._rotary import Rotary as Rotary, rotary as rotary, rotate as rotate
 from ._transformer import MLP as MLP, TransformerLayer as TransformerLayer
 
 

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._linear import Linear
-from ._rotary import rotate, Rotary
+from ._rotary import Rotary, rotate
 
 
 Segments = Int[Array, "batch t"]
@@ -53,9 +53,7 @@ def causal_attention(
     same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         swap = lambda x: x.swapaxes(1, 2)
-        out = jax.nn.dot_product_attention(
-            swap(q), swap(k), swap(v), mask=same, is_causal=True, implementation="cudnn"
-        )
+        out = jax.nn.dot_product_attention(swap(q), swap(k), swap(v), mask=same, is_causal=True, implementation="cudnn")
         return swap(out)
 
     grouped = (q * dim**-0.5).reshape(batch, groups, heads // groups * t, dim)

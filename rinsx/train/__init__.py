@@ -1,6 +1,8 @@
 """Training: optimisers and schedules, checkpoints, logs."""
 
 from ._checkpoint import Checkpoint as Checkpoint, Checkpoints as Checkpoints
+from ._evaluate import evaluate as evaluate, Totals as Totals
+from ._fit import fit as fit, NonFiniteLoss as NonFiniteLoss, Run as Run
 from ._log import (
     AbstractLog as AbstractLog,
     JsonLines as JsonLines,
@@ -8,8 +10,6 @@ from ._log import (
     Progress as Progress,
     TensorBoard as TensorBoard,
 )
-from ._evaluate import evaluate as evaluate, Totals as Totals
-from ._fit import fit as fit, NonFiniteLoss as NonFiniteLoss, Run as Run
 from ._mesh import mesh as mesh, place as place
 from ._optimizers import adafactor as adafactor, adamw as adamw, muon as muon
 from ._roles import roles as roles

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools as it
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +32,11 @@ class Totals(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """The sum of totals over the sum of weights, added up in float64."""
-        return float(np.sum(self.total, dtype=np.float64) / np.sum(self.weight, dtype=np.float64))
+        """The sum of totals over the sum of weights, added up in float64. `ValueError` where nothing counts."""
+        weight = np.sum(self.weight, dtype=np.float64)
+        if weight == 0:
+            raise ValueError("there is no mean: the weights of all batches add up to 0.")
+        return float(np.sum(self.total, dtype=np.float64) / weight)
 
 
 def evaluate(
@@ -46,7 +50,8 @@ def evaluate(
 ) -> dict[tuple[int, ...], Totals]:
     """Adds up a loss over batches, at each number of rounds asked for, whether or not the model was trained at it.
 
-    One compiled program serves every depth, and each batch is read once.
+    One compiled program serves every depth, and each batch is read once. Where depths are asked for, loops run rolled
+    and without their `gradient`, which binds training only: a loop can run past its `max`.
 
     !!! example
 
@@ -67,34 +72,52 @@ def evaluate(
     - `model`: a model.
     - `loss`: `(model, batch, key) -> (total, weight)`: scalars, or arrays such as one number a row.
     - `batches`: batches of one shape, such as [`rinsx.data.evaluation`][] makes.
-    - `rounds`: for each name of a loop, the numbers of rounds; with several names, every combination. By default the model runs as it is.
+    - `rounds`: for each name of a loop, the numbers of rounds; with several names, every combination. By default the
+        model runs as it is.
     - `key`: given to the loss, folded with the number of the batch. By default `jax.random.key(0)`.
     - `mesh`: where `model` was placed, if it was; see [`rinsx.train.place`][].
 
     **Returns:**
 
-    For each combination of rounds, a tuple in the order of the names, its [`rinsx.train.Totals`][]. Without `rounds` there is one, `()`.
+    For each combination of rounds, a tuple in the order of the names, its [`rinsx.train.Totals`][]. Without `rounds`
+    there is one, `()`.
+
+    **Raises:**
+
+    `ValueError` where a number of rounds is refused, where there is no batch, and where rows cannot be shared out over
+    the mesh.
     """
     rounds = {} if rounds is None else rounds
     names = tuple(rounds)
-    depths = list(it.product(*rounds.values()))
-    if not depths:
-        raise ValueError(f"`rounds` must have at least one number of rounds for each name; got {dict(rounds)}.")
+    for name, numbers in rounds.items():
+        if np.ndim(numbers) != 1 or len(numbers) == 0:
+            raise ValueError(f"`rounds[{name!r}]` must be a sequence of numbers of rounds; got {numbers!r}.")
+    # A depth that is asked for twice counts once.
+    depths = list(dict.fromkeys(it.product(*(map(operator.index, numbers) for numbers in rounds.values()))))
     for depth in depths:
         with_rounds(model, **dict(zip(names, depth)))  # refuses, before anything runs, what the model cannot do
     key = jr.key(0) if key is None else key
     seen: dict[tuple[int, ...], list[Any]] = {depth: [] for depth in depths}
-    count = 0
+    late: dict[tuple[int, ...], Any] = {}
     for i, batch in enumerate(batches):
         batch = share_out(batch, mesh)
-        count += 1
+        step_key = jr.fold_in(key, i)
+        now = {}
         for depth in depths:
             deep = tuple(jnp.int32(r) for r in depth)
-            seen[depth].append(_losses(loss, names, mesh, model, batch, jr.fold_in(key, i), deep))
-    if count == 0:
+            now[depth] = _losses(loss, names, mesh, model, batch, step_key, deep)
+        # Waits one batch late: devices stay busy, and few batches are held at a time.
+        _collect(seen, late)
+        late = now
+    _collect(seen, late)
+    if not late:
         raise ValueError("there are no batches to evaluate on.")
-    host = jax.device_get(seen)
-    return {depth: Totals(*(np.stack(column) for column in zip(*pairs))) for depth, pairs in host.items()}
+    return {depth: Totals(*(np.stack(column) for column in zip(*pairs))) for depth, pairs in seen.items()}
+
+
+def _collect(seen: dict[tuple[int, ...], list[Any]], late: dict[tuple[int, ...], Any]) -> None:
+    for depth, pair in jax.device_get(late).items():
+        seen[depth].append(pair)
 
 
 @eqx.filter_jit
@@ -103,7 +126,8 @@ def _losses(loss, names, mesh, model, batch, key, depth) -> tuple[Array, Array]:
         # What is stored for gradients, and whether rounds are unrolled, binds training only.
         free = map_loops(lambda loop: dataclasses.replace(loop, gradient=None, unroll=None), model)
         model = with_rounds(free, **dict(zip(names, depth)))
-    out = loss(model, batch, key)
+    total, weight = loss(model, batch, key)
+    out = jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
     if mesh is not None:
         out = jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P()))
     return out

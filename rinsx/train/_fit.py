@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import itertools as it
+import math
 import signal
 import threading
 import time
@@ -16,24 +16,23 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .. import flops
 from .._loop import with_rounds
 from ..depth import AbstractLaw
 from ._checkpoint import Checkpoints
+from ._json import encode
 from ._log import AbstractLog
-from ._mesh import constrain, share_out
-from ._step import cost, gradient, Loss, Record, run, Stepper, tables
+from ._mesh import constrain, place, share_out
+from ._step import Ledger, Loss, Record, run, Stepper, tables
 
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 
 
 class NonFiniteLoss(FloatingPointError):
-    """Training met a loss that is infinite or not a number."""
+    """Training met a loss, a gradient or a weight that is infinite or not a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +45,10 @@ class Run:
     - `state`: of the optimiser.
     - `step`: how many steps the model has been trained for, those of earlier runs that were resumed included.
     - `flops`: the contractions of all these steps, forward and backward, exact; without the optimiser.
-    - `seconds`: wall time of the steps of this call, without the first, which compiles.
+    - `seconds`: wall time of the steps that this call of `fit` ran, without evaluations and checkpoints, and without
+        its first `steps_per_call` steps, which are compiled.
     - `stopped`: `None` at the end of training, or the name of the signal that ended it early.
-    - `metrics`: what was last evaluated.
+    - `metrics`: what was last evaluated, if only by an earlier run that was resumed.
     """
 
     model: PyTree
@@ -68,7 +68,7 @@ def fit(
     *,
     steps: int,
     key: PRNGKeyArray,
-    depth: Mapping[str, AbstractLaw | int | Sequence[int]] | None = None,
+    depth: Mapping[str, AbstractLaw | int | Sequence[int] | np.ndarray | jax.Array] | None = None,
     specialise: int = 4,
     accumulate: int = 1,
     steps_per_call: int = 1,
@@ -80,9 +80,19 @@ def fit(
 ) -> Run:
     """Trains a model, from its start or from its last checkpoint.
 
-    Every step is determined by its number, the key, and the data before it: its key is folded from `key` and its number, its
-    depth from `key` and its number. So a run that was killed and started again with the same arguments ends bit for bit where
-    an undisturbed run ends, on one machine.
+    Step `s`, counted from 0, calls the loss with the key `jax.random.fold_in(key, s)`, folded once more with the number
+    of the part where `accumulate` is above 1. Its depth is drawn from `key` and `s` as well. So a run that was killed
+    and started again with the same arguments ends bit for bit where an undisturbed run ends, on one machine.
+
+    While one call runs on the devices, the data of the next one is fetched; a call's loss is looked at once the next
+    has begun.
+
+    SIGTERM ends training early: the call that runs is finished, a checkpoint is saved, and `Run.stopped` says so. With
+    several processes it is enough that one of them gets it, and one call more is run. Only the main thread can catch
+    signals.
+
+    `model` keeps its arrays: training begins with a copy. What `evaluate` is given may be kept, too. Logs and
+    checkpoints belong to the caller, who closes them.
 
     !!! example
 
@@ -105,25 +115,35 @@ def fit(
     **Arguments:**
 
     - `model`: its floating arrays are trained.
-    - `loss`: `(model, batch, key) -> (total, weight)`: the sum over what counts in a batch, and how much counts, both scalars. The
-        mean is minimised.
-    - `batches`: yields batches, pytrees of NumPy arrays whose first axis is that of the rows: those of this process, where there
-        are several. To resume from checkpoints, its iterator needs `get_state` and `set_state`, as those of grain have.
-    - `optimizer`: one of [`rinsx.train.adamw`][], [`rinsx.train.adafactor`][], [`rinsx.train.muon`][], or any of optax. Its
-        `update` is given `fraction=`, the part of the training FLOPs that is spent, where it accepts extra arguments.
+    - `loss`: `(model, batch, key) -> (total, weight)`: the sum over what counts in a batch, and how much counts, both
+        scalars. The mean is minimised.
+    - `batches`: yields batches, pytrees of NumPy arrays, all of the same shapes, whose first axis is that of the rows:
+        those of this process, where there are several. To resume from checkpoints, its iterator needs `get_state` and
+        `set_state`, as those of grain have.
+    - `optimizer`: one of [`rinsx.train.adamw`][], [`rinsx.train.adafactor`][], [`rinsx.train.muon`][], or any of optax.
+        Its `update` is given `fraction=`, the part of the training FLOPs that is spent before the step, where it
+        accepts extra arguments. (For a loss without any contraction it is the part of the steps.)
     - `steps`: how many steps to train in all.
     - `key`: for the depths and the losses of all steps.
-    - `depth`: for each name of a loop, a law to draw the number of rounds from, once a step and the same on every process; or a
-        number; or the number for each of all steps, such as a law's `quota`. By default the model runs as it is.
-    - `specialise`: up to so many distinct depths are compiled as programs of their own, in which the number of rounds is a Python integer.
-        Where there are more, one program runs them all as traced integers, which rematerialises, and the loops need a `max`.
-    - `accumulate`: in how many parts to take a batch, one after the other, to save memory. The result is that of the whole batch.
-    - `steps_per_call`: how many steps to run in one compiled call. Small steps gain by it; logs, evaluations and signals wait for its end.
+    - `depth`: for each name of a loop, a law to draw the number of rounds from, once a step and the same on every
+        process; or a number; or the number for each of all steps, such as a law's `quota`. By default the model runs as
+        it is.
+    - `specialise`: up to so many distinct depths are compiled as programs of their own, in which the number of rounds
+        is a Python integer. Where there are more, one program runs them all as traced integers, which rematerialises,
+        and the loops need a `max`.
+    - `accumulate`: in how many parts to take a batch, one after the other, to save memory. The result is that of the
+        whole batch, also where the parts have unequal weights.
+    - `steps_per_call`: how many steps to run in one compiled call. Small steps gain by it; logs, evaluations and
+        signals wait for its end.
     - `evaluate`: `model -> {name: number}`; its numbers are logged, and the checkpoints see them.
     - `evaluate_every`: after how many steps, besides at the end.
-    - `checkpoints`: where to save and to resume from.
-    - `logs`: where metrics are written.
-    - `mesh`: of [`rinsx.train.mesh`][], where `model` was placed by [`rinsx.train.place`][].
+    - `checkpoints`: where to save and to resume from. A checkpoint has the metrics of its own step, if that was
+        evaluated.
+    - `logs`: where metrics are written, after each call: `loss`, `gradient_norm` (of the last step, before any
+        clipping), `fraction` and `flops` spent, `tokens` (the weights of all steps so far), `tokens_per_second`,
+        `flops_per_second` and the mean `rounds_` of each loop. Only process 0 writes.
+    - `mesh`: of [`rinsx.train.mesh`][]; needed with several processes. `model` is placed by [`rinsx.train.place`][]
+        where it was not.
 
     **Returns:**
 
@@ -131,49 +151,56 @@ def fit(
 
     **Raises:**
 
-    `rinsx.train.NonFiniteLoss` at the first loss that is not finite; the last good checkpoint stays. `ValueError` for a batch whose
-    rows cannot be divided as asked, for data that ends before `steps`, and where a number of rounds is refused.
+    [`rinsx.train.NonFiniteLoss`][] at the first loss that is not finite; the last good checkpoint stays. `ValueError`
+    for a batch whose rows cannot be divided as asked, for data that ends before `steps`, where a number of rounds is
+    refused, and for a checkpoint that was trained with another `key` or for more `steps`.
     """
-    _check(steps=steps, accumulate=accumulate, steps_per_call=steps_per_call, evaluate_every=evaluate_every)
+    _check(1, steps=steps, accumulate=accumulate, steps_per_call=steps_per_call, evaluate_every=evaluate_every)
+    _check(0, specialise=specialise)
+    if mesh is None and jax.process_count() > 1:
+        raise ValueError(f"training by {jax.process_count()} processes needs a mesh: give mesh=rx.train.mesh().")
     plan = _depths(model, depth or {}, steps, key)
     optimizer = optax.with_extra_args_support(optimizer)
     trained = _start(model, optimizer, mesh)
     iterator = iter(batches)
-    step, weight, metrics = 0, 0.0, {}
+    position, metrics = _Position(0, 0, 0.0, _numbers(key)), {}
     if checkpoints is not None:
         if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
             raise TypeError(
                 f"to resume, data needs an iterator with get_state and set_state, as those of rx.data.batches have; got {iterator!r}."
             )
         if (found := checkpoints.restore_latest(trained)) is not None:
-            if found.step > steps:
-                raise ValueError(f"the checkpoint is of step {found.step}, past the {steps} steps to train.")
-            trained, step, metrics = found.state, found.step, dict(found.metrics)
-            weight = found.metadata["weight"]
+            position, metrics = position.resumed(found.metadata, steps)
+            trained = found.state
             iterator.set_state(found.data)  # pyright: ignore[reportAttributeAccessIssue]
     stepper = Stepper(loss, optimizer, tuple(plan), tables(plan, specialise), accumulate, mesh)
     data = _Data(iterator, steps_per_call, accumulate, mesh)
-    ledger = _Ledger(stepper, trained[0], plan, steps)
+    ledger = Ledger(stepper, trained[0], plan, steps, position.step, position.flops)
     watch = _Watch()
-    pending: tuple[int, int, Record] | None = None
+    logs = logs if jax.process_index() == 0 else ()
+    unsound = int(_unsound(trained[0]))
+    step, weight, stopping = position.step, position.weight, False
+    pending: tuple[int, int, Any] | None = None
 
     def settle() -> None:
         """Waits for the steps that were last begun, and writes what is known of them."""
-        nonlocal pending, weight
+        nonlocal pending, stopping, weight
         if pending is None:
             return
-        first, count, record = pending
+        first, count, seen = pending
         pending = None
-        record = Record(*(np.asarray(column)[:count] for column in jax.device_get(record)))
+        record, flagged = jax.device_get(seen)
+        stopping = stopping or bool(flagged)
+        record = Record(*(column[:count].astype(np.float64) for column in record))
         seconds = watch.lap()
         _finite(record, first, checkpoints)
         end = first + count
         counted = float(np.sum(record.weight))
         weight += counted
         values = {
-            "loss": float(np.sum(record.loss * record.weight) / max(counted, 1)),
+            "loss": float(np.sum(record.loss * record.weight)) / counted if counted else 0.0,
             "gradient_norm": float(record.gradient_norm[-1]),
-            "fraction": ledger.spent(end) / ledger.total,
+            "fraction": ledger.fraction(end),
             "flops": ledger.spent(end),
             "tokens": weight,
         }
@@ -185,33 +212,43 @@ def fit(
         for log in logs:
             log.write(end, values)
 
-    with _signals() as caught:
-        while step < steps:
+    with contextlib.ExitStack() as stack:
+        caught = stack.enter_context(_signals())
+        if iterator is not batches and callable(close := getattr(iterator, "close", None)):
+            stack.callback(close)
+        while step < steps and not stopping:
             count = min(steps_per_call, steps - step, *_until(step, evaluate_every, checkpoints))
             batch = data.take(count, step)
-            if not ledger.before:
+            if not ledger.measured:
                 ledger.measure(jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
             fractions, rounds = ledger.schedule(step, steps_per_call)
-            trained, record = run(stepper, trained, batch, key, step, count, fractions, rounds)
+            flags = share_out(np.full(jax.local_device_count(), bool(caught)), mesh)
+            trained, seen = run(stepper, trained, batch, key, step, count, fractions, rounds, flags)
             settle()
-            pending = (step, count, record)
+            pending = (step, count, seen)
             step += count
-            stopped = _agree(caught)
+            if jax.process_count() == 1:
+                # Several must stop at the same step: they know of each other's signals once a call is settled.
+                stopping = bool(caught)
             evaluates = step == steps or (evaluate_every is not None and step % evaluate_every == 0)
-            saves = checkpoints is not None and (step == steps or stopped or checkpoints.due(step))
+            saves = checkpoints is not None and (step == steps or stopping or checkpoints.due(step))
             if evaluates or saves:
                 settle()
                 with watch.paused():
+                    # A copy, since the next step writes over its input.
+                    model = _copy(trained[0])
+                    if _unsound(model) > unsound:
+                        raise NonFiniteLoss(_advice(f"step {step - 1}: the update made weights", checkpoints))
+                    now = {}
                     if evaluates and evaluate is not None:
-                        metrics = {name: float(value) for name, value in evaluate(trained[0]).items()}
+                        now = metrics = {name: float(value) for name, value in evaluate(model).items()}
                         for log in logs:
                             log.write(step, metrics)
                     if saves and checkpoints is not None:
-                        # Copied, since the next step writes over its input.
-                        copy = jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, trained)
-                        checkpoints.save(step, copy, data=data.state, metrics=metrics, metadata={"weight": weight})
-            if stopped:
-                break
+                        position = dataclasses.replace(position, step=step, flops=ledger.spent(step), weight=weight)
+                        metadata = {**dataclasses.asdict(position), "metrics": encode(metrics)}
+                        state = model, _copy(trained[1])
+                        checkpoints.save(step, state, data=data.state, metrics=now, metadata=metadata)
         settle()
     if checkpoints is not None:
         checkpoints.wait()
@@ -221,15 +258,43 @@ def fit(
         step=step,
         flops=ledger.spent(step),
         seconds=watch.seconds,
-        stopped=caught[0] if caught and step < steps else None,
+        stopped=signal.SIGTERM.name if step < steps else None,
         metrics=metrics,
     )
 
 
-def _check(**numbers: int | None) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Position:
+    """How far a run is: what a checkpoint says of it besides arrays and data."""
+
+    step: int
+    flops: int
+    weight: float
+    key: list[int]
+
+    def resumed(self, saved: Mapping[str, Any], steps: int) -> tuple["_Position", dict[str, float]]:
+        """The position and the metrics that were saved, if they are of the run that begins here."""
+        metrics = {name: math.nan if value is None else value for name, value in saved["metrics"].items()}
+        found = _Position(**{field.name: saved[field.name] for field in dataclasses.fields(_Position)})
+        if found.step > steps:
+            raise ValueError(f"the checkpoint is of step {found.step}, past the {steps} steps to train.")
+        if found.key != self.key:
+            raise ValueError(
+                f"the checkpoint is of a run with another `key`, of the numbers {found.key}; got {self.key}. To go on from its "
+                "weights with other random numbers, begin a new run with the model that it holds."
+            )
+        return found, metrics
+
+
+def _numbers(key: PRNGKeyArray) -> list[int]:
+    data = jr.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return np.asarray(data).tolist()
+
+
+def _check(least: int, **numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {number}.")
+        if number is not None and number < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {number}.")
 
 
 def _depths(model: PyTree, depth: Mapping[str, Any], steps: int, key: PRNGKeyArray) -> dict[str, tuple[int, ...]]:
@@ -257,13 +322,27 @@ def _depths(model: PyTree, depth: Mapping[str, Any], steps: int, key: PRNGKeyArr
 
 def _start(model: PyTree, optimizer: Any, mesh: Mesh | None) -> tuple[PyTree, PyTree]:
     """The model and the optimiser's first state, in buffers of their own, which the steps may write over."""
+    if mesh is not None:
+        model = place(model, mesh)
 
     @eqx.filter_jit
     def start(model):
-        return constrain(optimizer.init(eqx.filter(model, eqx.is_inexact_array)), mesh)
+        state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+        # Some optimisers keep the parameters as part of their state.
+        return constrain(_copy(state), mesh)
 
-    copy = jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, model)
-    return copy, start(model)
+    return _copy(model), start(model)
+
+
+def _copy(tree: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
+
+
+@eqx.filter_jit
+def _unsound(model: PyTree) -> Any:
+    """How many weights are infinite or not a number: some may be meant to be, such as a mask of -inf."""
+    weights = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+    return sum((jnp.sum(~jnp.isfinite(x)) for x in weights), jnp.int32(0))
 
 
 def _until(step: int, evaluate_every: int | None, checkpoints: Checkpoints | None) -> list[int]:
@@ -272,27 +351,27 @@ def _until(step: int, evaluate_every: int | None, checkpoints: Checkpoints | Non
     return [n - step % n for n in every]
 
 
-def _agree(caught: list[str]) -> bool:
-    """Whether any process has caught a signal."""
-    if jax.process_count() == 1:
-        return bool(caught)
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(bool(caught)))))
-
-
 def _finite(record: Record, first: int, checkpoints: Checkpoints | None) -> None:
     bad = np.flatnonzero(~np.isfinite(record.loss) | ~np.isfinite(record.gradient_norm))
     if bad.size == 0:
         return
     i = int(bad[0])
+    before = ", ".join(f"{x:.4g}" for x in record.gradient_norm[max(i - 3, 0) : i]) or "none in this call"
+    what = (
+        f"step {first + i}: the loss is {record.loss[i]:.6g} and the norm of its gradient {record.gradient_norm[i]:.6g} (the "
+        f"norms of the steps before: {before}),"
+    )
+    raise NonFiniteLoss(_advice(what, checkpoints))
+
+
+def _advice(what: str, checkpoints: Checkpoints | None) -> str:
     kept = "no checkpoint was kept"
     if checkpoints is not None:
         checkpoints.wait()
         kept = f"the checkpoints of steps {list(checkpoints.steps)} are kept" if checkpoints.steps else kept
-    before = ", ".join(f"{x:.4g}" for x in record.gradient_norm[max(i - 3, 0) : i]) or "none in this call"
-    raise NonFiniteLoss(
-        f"step {first + i}: the loss is {record.loss[i]} and the norm of its gradient {record.gradient_norm[i]}; the norms of the "
-        f"steps before were {before}. Training stops here; {kept}. Look at the learning rate and its warm-up, at "
-        "gradient clipping, at the batch of this step, and at what bfloat16 cannot hold."
+    return (
+        f"{what} that are infinite or not a number. Training stops here; {kept}. Look at the learning rate and its "
+        "warm-up, at gradient clipping, at the batch of this step (they are counted from 0), and at what bfloat16 cannot hold."
     )
 
 
@@ -301,65 +380,39 @@ class _Data:
 
     def __init__(self, iterator: Iterator[Any], limit: int, accumulate: int, mesh: Mesh | None):
         self.iterator, self.limit, self.accumulate, self.mesh = iterator, limit, accumulate, mesh
+        self.shapes: PyTree = None
 
     @property
     def state(self) -> Any:
-        state = self.iterator.get_state()  # pyright: ignore[reportAttributeAccessIssue]
-        return state
+        return self.iterator.get_state()  # pyright: ignore[reportAttributeAccessIssue]
 
     def take(self, count: int, step: int) -> PyTree:
         """`count` batches along a new first axis, which is filled up to the limit so that its length never changes."""
-        batches = []
-        for i in range(count):
-            try:
-                batches.append(next(self.iterator))
-            except StopIteration:
-                raise ValueError(f"the data ends at step {step + i}: let it repeat, or train for fewer steps.") from None
-        rows = {x.shape[0] for x in jtu.tree_leaves(batches[0])}
-        if len(rows) != 1 or (rows.pop() * jax.process_count()) % self.accumulate != 0:
-            shapes = jtu.tree_map(lambda x: x.shape, batches[0])
-            raise ValueError(f"the rows of a batch must be a multiple of accumulate={self.accumulate}; its shapes are {shapes}.")
+        batches = [self._next(step + i) for i in range(count)]
         batches += [batches[-1]] * (self.limit - count)
         return share_out(jtu.tree_map(lambda *x: np.stack(x), *batches), self.mesh, lead=1)
 
-
-class _Ledger:
-    """What every step costs, and how much is spent before it: exact."""
-
-    def __init__(self, stepper: Stepper, model: PyTree, plan: dict[str, tuple[int, ...]], steps: int):
-        self.stepper, self.plan, self.steps = stepper, plan, steps
-        self.model = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x, model)
-        self.before: list[int] = []
-
-    def measure(self, batch: PyTree) -> None:
-        """Counts the step at each depth that occurs, and adds up."""
-        names = tuple(self.plan)
-        columns = list(zip(*self.plan.values())) if names else [()] * self.steps
-        costs = {depth: self._cost(batch, dict(zip(names, depth))) for depth in set(columns)}
-        self.before = [0, *it.accumulate(costs[depth] for depth in columns)]
-
-    def _cost(self, batch: PyTree, rounds: dict[str, int]) -> int:
-        loss = self.stepper.loss
-        if self.stepper.depths is not None:
-            return int(cost(loss, self.model, batch, **rounds).matmul)
-        traced = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in rounds}
-        key = jax.eval_shape(lambda: jr.key(0))
-        step = lambda model, rounds, batch, key: gradient(loss, with_rounds(model, **rounds), batch, key)[0]
-        return int(flops.count(step, self.model, traced, batch, key, trips=rounds).matmul)
-
-    @property
-    def total(self) -> int:
-        return self.before[-1]
-
-    def spent(self, step: int) -> int:
-        """The FLOPs of all steps before this one."""
-        return self.before[step]
-
-    def schedule(self, first: int, limit: int) -> tuple[list[float], list[list[int]]]:
-        """For a call from step `first` on: the part of all FLOPs that is spent before each step, and the depths."""
-        index = [min(step, self.steps - 1) for step in range(first, first + limit)]
-        total = max(self.total, 1)
-        return [self.before[i] / total for i in index], [[rounds[i] for i in index] for rounds in self.plan.values()]
+    def _next(self, step: int) -> PyTree:
+        try:
+            batch = next(self.iterator)
+        except StopIteration:
+            raise ValueError(f"the data ends at step {step}: let it repeat, or train for fewer steps.") from None
+        batch = jtu.tree_map(lambda x: np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)), batch)
+        shapes = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+        if self.shapes is None:
+            rows = {x.shape[:1] for x in jtu.tree_leaves(shapes)}
+            if len(rows) != 1 or () in rows or (rows.pop()[0] * jax.process_count()) % self.accumulate != 0:
+                raise ValueError(
+                    "the arrays of a batch have rows as their first axis, all of them as many, a multiple of accumulate="
+                    f"{self.accumulate}; got {eqx.tree_pformat(shapes)}."
+                )
+            self.shapes = shapes
+        elif not eqx.tree_equal(shapes, self.shapes):
+            raise ValueError(
+                f"batches must be of one shape; got {eqx.tree_pformat(shapes)} at step {step}, and before it "
+                f"{eqx.tree_pformat(self.shapes)}."
+            )
+        return batch
 
 
 class _Watch:
@@ -396,4 +449,5 @@ def _signals():
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # `None` is a handler that was not set from Python: it cannot be put back.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

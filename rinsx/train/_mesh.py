@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -19,9 +20,9 @@ _BATCH = ("replica", "shard")
 def mesh(shards: int = 1) -> Mesh:
     """A mesh over all devices of all processes, with the axes `replica` and `shard`.
 
-    A batch is shared out over both axes. Parameters and the optimiser's state are cut into `shards` parts along `shard`, and stand once
-    for each `replica`: `mesh(1)` is plain data parallelism, `mesh(jax.device_count())` fully sharded parameters, and what lies between
-    is sharded within a host and replicated over hosts.
+    A batch is shared out over both axes. Parameters and the optimiser's state are cut into `shards` parts along
+    `shard`, and stand once for each `replica`: `mesh(1)` is plain data parallelism, `mesh(jax.device_count())` fully
+    sharded parameters, and what lies between is sharded within a host and replicated over hosts.
 
     !!! example
 
@@ -48,8 +49,8 @@ def mesh(shards: int = 1) -> Mesh:
 def place(model: PyTree | Callable[[], PyTree], mesh: Mesh) -> PyTree:
     """Puts the arrays of a model on the devices of a mesh, each cut along its longest axis that the number of shards divides.
 
-    The axis that numbers the layers of a [`rinsx.nn.Stack`][] is not cut. An array without such an axis stands whole on every device, as
-    do keys and integers.
+    The axis that numbers the layers of a [`rinsx.nn.Stack`][] is not cut. An array without such an axis stands whole on
+    every device, as do keys and integers.
 
     !!! example
 
@@ -71,51 +72,53 @@ def place(model: PyTree | Callable[[], PyTree], mesh: Mesh) -> PyTree:
     The model, its arrays on the mesh. [`rinsx.train.fit`][] takes it from there.
     """
     if not isinstance(model, eqx.Module) and callable(model):
-        made = model
-        out = eqx.filter_jit(lambda: constrain(made(), mesh))()
-        return out
-    move = lambda x, s: _put(x, s) if eqx.is_array(x) else x
-    return jtu.tree_map(move, model, shardings(model, mesh), is_leaf=lambda x: x is None)
+        return eqx.filter_jit(lambda: constrain(model(), mesh))()
+    move = lambda x, sharding: _put(x, sharding) if eqx.is_array(x) else x
+    return jtu.tree_map(move, model, shardings(model, mesh))
 
 
 def constrain(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """`tree` with its arrays kept where [`rinsx.train.place`][] puts them, inside jit."""
     if mesh is None:
         return tree
-    keep = lambda x, s: jax.lax.with_sharding_constraint(x, s) if eqx.is_array(x) else x
-    return jtu.tree_map(keep, tree, shardings(tree, mesh), is_leaf=lambda x: x is None)
+    keep = lambda x, sharding: jax.lax.with_sharding_constraint(x, sharding) if eqx.is_array(x) else x
+    return jtu.tree_map(keep, tree, shardings(tree, mesh))
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """The sharding of each array, `None` for what is none."""
 
-    def walk(node: Any, stacked: bool) -> Any:
-        def inner(node):
-            if isinstance(node, Stack) and not stacked:
-                return walk(node, True)
-            return NamedSharding(mesh, _spec(node, mesh, stacked)) if eqx.is_array(node) else None
+    def walk(node: Any, stacked: int) -> Any:
+        def inner(x):
+            if isinstance(x, Stack):
+                return walk(x, stacked + 1)
+            return NamedSharding(mesh, _spec(x, mesh, stacked)) if eqx.is_array(x) else None
 
-        return jtu.tree_map(inner, node, is_leaf=lambda x: x is None or (isinstance(x, Stack) and x is not node))
+        return jtu.tree_map(inner, node, is_leaf=lambda x: isinstance(x, Stack) and x is not node)
 
-    return walk(tree, isinstance(tree, Stack))
+    return walk((tree,), 0)[0]
 
 
 def share_out(batch: PyTree, mesh: Mesh | None, lead: int = 0) -> PyTree:
     """Makes global arrays of the rows that this process has: axis `lead` is that of the rows, and shared out over all devices."""
     if mesh is None:
+        if jax.process_count() > 1:
+            raise ValueError(f"{jax.process_count()} processes share out a batch by a mesh: give mesh=rx.train.mesh().")
         return batch
     sharding = NamedSharding(mesh, P(*[None] * lead, _BATCH))
 
     def make(x):
-        rows = x.shape[lead] * jax.process_count()
+        rows = np.shape(x)[lead] * jax.process_count()
         if rows % mesh.size != 0:
-            raise ValueError(f"a batch of {rows} rows cannot be shared out evenly over {mesh.size} devices.")
+            raise ValueError(
+                f"the rows of a batch must be a multiple of the {mesh.size} devices of the mesh; got {rows}."
+            )
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jtu.tree_map(make, batch)
 
 
-def _spec(x: Any, mesh: Mesh, stacked: bool) -> P:
+def _spec(x: Any, mesh: Mesh, stacked: int) -> P:
     shards = mesh.shape["shard"]
     if shards == 1 or not eqx.is_inexact_array(x):
         return P()
@@ -127,7 +130,12 @@ def _spec(x: Any, mesh: Mesh, stacked: bool) -> P:
 
 
 def _put(x: Any, sharding: NamedSharding) -> Any:
-    if jax.process_count() == 1 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array):
+        if x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        if not x.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if jax.process_count() == 1 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.device_put(x, sharding)
     # Every process holds the same array, and gives its part.
     whole = np.asarray(x)

@@ -1,5 +1,6 @@
 """One training step, and several of them as one program."""
 
+import itertools as it
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.tree_util as jtu
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .. import flops
 from .._loop import with_rounds
@@ -34,13 +35,19 @@ class Record(NamedTuple):
 def gradient(loss: Loss, model: PyTree, batch: PyTree, key: PRNGKeyArray, accumulate: int = 1):
     """The gradient of the mean loss of a batch, the mean, and the weight that it was divided by.
 
-    With `accumulate=n` the batch is taken in `n` parts, one after the other. Totals and weights are added up before the division, so the
-    result is that of the whole batch however the weights fall.
+    With `accumulate=n` the batch is taken in `n` parts, one after the other, each with a key of its own. Totals,
+    weights and gradients are added up, in float32 or wider, before the division, so the result is that of the whole
+    batch however the weights fall.
     """
     diff, rest = eqx.partition(model, eqx.is_inexact_array)
 
     def total(diff, batch, key):
-        return loss(eqx.combine(diff, rest), batch, key)
+        out = loss(eqx.combine(diff, rest), batch, key)
+        if not (isinstance(out, tuple) and len(out) == 2 and all(jnp.shape(x) == () for x in out)):
+            shown = eqx.tree_pformat(out, short_arrays=True)
+            raise ValueError(f"a loss to train on must return two scalars, `(total, weight)`; got {shown}.")
+        value, weight = out
+        return jnp.asarray(value, jnp.float32), jnp.asarray(weight, jnp.float32)
 
     grad = jax.value_and_grad(total, has_aux=True)
     if accumulate == 1:
@@ -52,13 +59,18 @@ def gradient(loss: Loss, model: PyTree, batch: PyTree, key: PRNGKeyArray, accumu
         def add(carry, part):
             i, batch = part
             (value, weight), grads = grad(diff, batch, jr.fold_in(key, i))
-            return jtu.tree_map(jnp.add, carry, (value, weight, grads)), None
+            return jtu.tree_map(jnp.add, carry, (value, weight, jtu.tree_map(_wide, grads))), None
 
-        zeros = (jnp.float32(0), jnp.float32(0), jtu.tree_map(jnp.zeros_like, diff))
+        zeros = (jnp.float32(0), jnp.float32(0), jtu.tree_map(lambda x: _wide(jnp.zeros_like(x)), diff))
         (value, weight, grads), _ = lax.scan(add, zeros, (jnp.arange(accumulate), parts))
     # A batch in which nothing counts has a loss of zero.
     divisor = jnp.where(weight == 0, 1, weight)
-    return jtu.tree_map(lambda g: g / divisor.astype(g.dtype), grads), value / divisor, weight
+    return jtu.tree_map(lambda g, x: (_wide(g) / divisor).astype(x.dtype), grads, diff), value / divisor, weight
+
+
+def _wide(x: Array) -> Array:
+    """Gradients are added and divided in float32 at least: bfloat16 cannot hold a weight of 257."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def cost(loss: Loss, model: PyTree, batch: PyTree, **rounds: int) -> flops.Cost:
@@ -124,15 +136,16 @@ class Stepper(eqx.Module):
             table = jnp.asarray(self.depths, jnp.int32)
             which = jnp.argmax(jnp.all(table == jnp.stack(list(rounds)), axis=1))
             grads, value, weight = lax.switch(which, branches, arrays)
-        params = eqx.filter(model, eqx.is_inexact_array)
-        norm = optax.global_norm(grads)
+        grads = constrain(grads, self.mesh)
+        norm = jnp.sqrt(sum((jnp.sum(jnp.abs(_wide(g)) ** 2) for g in jtu.tree_leaves(grads)), jnp.float32(0)))
+        params, rest = eqx.partition(model, eqx.is_inexact_array)
         updates, state = self.optimizer.update(grads, state, params, fraction=fraction)
-        model = eqx.apply_updates(model, updates)
+        model = eqx.combine(optax.apply_updates(params, updates), rest)
         return constrain(model, self.mesh), constrain(state, self.mesh), Record(value, norm, weight)
 
     def many(self, given, trained):
         """Runs the first `count` of the steps whose batches are given, in a loop whose length is known when it runs."""
-        batches, key, first, count, fractions, rounds = given
+        batches, key, first, count, fractions, rounds, flags = given
         model, state = trained
         arrays, rest = eqx.partition((model, state), eqx.is_array)
         limit = fractions.shape[0]
@@ -150,10 +163,10 @@ class Stepper(eqx.Module):
             return arrays, Record(*(a.at[i].set(b.astype(a.dtype)) for a, b in zip(record, seen)))
 
         arrays, record = lax.fori_loop(0, count, body, (arrays, record))
+        seen = record, jnp.any(flags)
         if self.mesh is not None:
-            whole = NamedSharding(self.mesh, P())
-            record = Record(*(lax.with_sharding_constraint(x, whole) for x in record))
-        return eqx.combine(arrays, rest), record
+            seen = lax.with_sharding_constraint(seen, NamedSharding(self.mesh, P()))
+        return eqx.combine(arrays, rest), seen
 
 
 # What the steps are given is kept; what is trained is written in place.
@@ -167,16 +180,70 @@ def run(
     key: PRNGKeyArray,
     first: int,
     count: int,
-    fractions: Float[Any, " limit"],
-    rounds: Sequence[Int[Any, " limit"]],
-) -> tuple[tuple[PyTree, PyTree], Record]:
-    """`count` steps from step `first` on: batches, fractions and rounds have a first axis of one fixed length, at least `count`."""
+    fractions: Sequence[float],
+    rounds: Sequence[Sequence[int]],
+    flags: Any,
+) -> tuple[tuple[PyTree, PyTree], tuple[Record, Bool[Array, ""]]]:
+    """`count` steps from step `first` on: batches, fractions and rounds are as many as one fixed limit, at least `count`.
+
+    Besides what is trained and the record, tells whether any of `flags`, one for each device of all processes, is set.
+    """
     given = (stepper, batches, key, jnp.int32(first), jnp.int32(count), jnp.asarray(fractions, jnp.float32))
-    return _many((*given, tuple(jnp.asarray(r, jnp.int32) for r in rounds)), trained)
+    return _many((*given, tuple(jnp.asarray(r, jnp.int32) for r in rounds), flags), trained)
 
 
 def tables(depth: Mapping[str, Sequence[int]], most: int) -> tuple[tuple[int, ...], ...] | None:
     """The distinct combinations of depths of a run, or `None` where there are more than `most`."""
-    found = sorted(set(zip(*depth.values()))) if depth else [()]
+    if not depth:
+        return ((),)
+    found = sorted(set(zip(*depth.values())))
     return tuple(found) if len(found) <= most else None
 
+
+class Ledger:
+    """What every step costs, and how much is spent before it: exact."""
+
+    def __init__(
+        self, stepper: Stepper, model: PyTree, plan: dict[str, tuple[int, ...]], steps: int, first: int, spent: int
+    ):
+        self.stepper, self.plan, self.steps, self.first = stepper, plan, steps, first
+        self.model = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x, model)
+        # What is spent before the first step of this call of `fit`, and then before each one after it.
+        self.before = [spent]
+
+    @property
+    def measured(self) -> bool:
+        return len(self.before) > 1
+
+    def measure(self, batch: PyTree) -> None:
+        """Counts the step at each depth that occurs, and adds up."""
+        names = tuple(self.plan)
+        columns = (list(zip(*self.plan.values())) if names else [()] * self.steps)[self.first :]
+        costs = {depth: self._cost(batch, dict(zip(names, depth))) for depth in set(columns)}
+        self.before = list(it.accumulate((costs[depth] for depth in columns), initial=self.before[0]))
+
+    def _cost(self, batch: PyTree, rounds: dict[str, int]) -> int:
+        loss, accumulate = self.stepper.loss, self.stepper.accumulate
+        traced = self.stepper.depths is None
+
+        def step(model, given, batch, key):
+            deep = with_rounds(model, **(given if traced else rounds))
+            return gradient(loss, deep, batch, key, accumulate)[0]
+
+        given = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in rounds} if traced else {}
+        key = jax.eval_shape(lambda: jr.key(0))
+        return int(flops.count(step, self.model, given, batch, key, trips=rounds if traced else {}).matmul)
+
+    def spent(self, step: int) -> int:
+        """The FLOPs of all steps before this one."""
+        return self.before[step - self.first]
+
+    def fraction(self, step: int) -> float:
+        """The part of the FLOPs of all steps that is spent before this one."""
+        total = self.before[-1]
+        return self.spent(step) / total if total else step / self.steps
+
+    def schedule(self, first: int, limit: int) -> tuple[list[float], list[list[int]]]:
+        """For a call from step `first` on: the part of all FLOPs that is spent before each step, and the depths."""
+        index = [min(step, self.steps - 1) for step in range(first, first + limit)]
+        return [self.fraction(i) for i in index], [[rounds[i] for i in index] for rounds in self.plan.values()]
