@@ -24,7 +24,7 @@ from _peers import make_tokens, memory, Shape
 
 
 FORMS = ("rinsx", "rinsx stored", "JAX by hand")
-"""`rinsx` is what the defaults do; `rinsx stored` unrolls all loops and stores all for the backward pass, as the form by hand does."""
+"""`rinsx` is what the defaults do; `rinsx stored` unrolls loops and stores all for the backward pass, as the form by hand does."""
 
 STEPS_PER_CALL = 5
 
@@ -66,7 +66,8 @@ def by_rinsx(model: Any, learning_rate: float, tokens: Any, targets: Any) -> Ste
 
     optimizer = rx.train.adamw(lambda fraction: learning_rate)
     stepper = Stepper(rx.models.DecoderLM.loss, optimizer, (), ((),), 1, None)
-    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    # Compiled, as `fit` does it: op by op it would take more memory than training.
+    state = eqx.filter_jit(optimizer.init)(eqx.filter(model, eqx.is_inexact_array))
     trained, first = (model, state), 0
     batches = {"tokens": tokens, "targets": targets}
     fractions, flags = [0.0] * STEPS_PER_CALL, np.zeros(1, bool)
@@ -82,11 +83,12 @@ def by_rinsx(model: Any, learning_rate: float, tokens: Any, targets: Any) -> Ste
 
 def by_hand(shape: Shape, params: Any) -> Steps:
     import _by_hand
+    import jax
     import numpy as np
 
     tokens, targets = _repeated(shape)
     compiled = _by_hand.make_steps(shape)
-    trained = params, _by_hand.optimizer(shape).init(params)
+    trained = params, jax.jit(_by_hand.optimizer(shape).init)(params)
 
     def steps() -> list[float]:
         nonlocal trained
@@ -129,11 +131,13 @@ def make(name: str, shape: Shape) -> tuple[Steps, int]:
     if name == "JAX by hand":
         import _by_hand
 
-        params = _by_hand.init(shape, jr.key(shape.seed))
+        params = jax.jit(_by_hand.init, static_argnums=0)(shape, jr.key(shape.seed))
         return by_hand(shape, params), sum(x.size for x in jax.tree.leaves(params))
+    import equinox as eqx
+
     import rinsx as rx
 
-    model = make_model(shape, stored=name == "rinsx stored")
+    model = eqx.filter_jit(make_model)(shape, stored=name == "rinsx stored")
     return by_rinsx(model, shape.learning_rate, *_repeated(shape)), rx.flops.parameters(model).unique
 
 

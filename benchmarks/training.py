@@ -4,11 +4,13 @@
     python benchmarks/training.py                                  # rinsx and JAX by hand alone
     python benchmarks/training.py --quick                          # to see that all works, in a minute
 
-Everything runs in a process of its own, on the same cores: `A^3 B` and `A B` by rinsx in its default form and with all stored, the
-same by hand in JAX, and the peers, whose Python (`--peer-python`) needs torch, x-transformers, transformers and numpy. They take turns in
-random order. A step is the forward and backward pass and the update of AdamW, on the same tokens, in float32. Reported are medians
-over turns with quartiles; ratios are medians of ratios of the same turn, since other load on the machine hits both. Memory is the peak
-of resident memory above what the process held once all was imported and a tiny model had made a step; compiling is in it.
+Everything runs in a process of its own, on the same cores: `A^3 B` and `A B` by rinsx in its default form and with all
+stored, the same by hand in JAX, and the peers, whose Python (`--peer-python`) needs torch, x-transformers, transformers and
+numpy. They take turns in random order. A step is the forward and backward pass and the update of AdamW, on the same tokens, in
+float32. Reported are medians over turns with quartiles; ratios are medians of ratios of the same turn, since other load on the
+machine hits both. With more threads than one that is not enough: a library whose threads wait for each other by spinning
+loses more by load, so use an idle machine. Memory is the peak of resident memory above what the process held once all
+was imported and a tiny model had made a step; compiling is in it.
 """
 
 import dataclasses
@@ -120,6 +122,15 @@ class Process:
             raise Failed(answer["error"])
         return answer
 
+    def cpu(self) -> float | None:
+        """Seconds of processor time that the worker has taken, where the system tells."""
+        stat = Path(f"/proc/{self._process.pid}/stat")
+        if not stat.exists():
+            return None
+        # Fields 14 and 15; the second, the name, is in parentheses and may have spaces.
+        fields = stat.read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -173,11 +184,15 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
             else:
                 console.print(f"{one.signature}, {one.label}: built in {rows[one]['build_s']:.1f} s")
         times: dict[Contestant, list[float]] = {one: [] for one in rows}
+        processor: dict[Contestant, list[float | None]] = {one: [] for one in rows}
         shuffle = random.Random(0)
         for _ in range(config.turns):
             shuffle.shuffle(workers)
             for one, worker in workers:
+                before = worker.cpu()
                 answer = worker.ask(cmd="run", steps=config.steps)
+                after = worker.cpu()
+                processor[one].append(None if before is None or after is None else (after - before) / config.steps)
                 times[one].append(sum(answer["seconds"]) / config.steps)
                 rows[one] |= {name: answer[name] for name in ("loss", "peak_rss")}
     finally:
@@ -193,6 +208,7 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
             "step_s_quartiles": [quartiles[0], quartiles[2]],
             "tokens_per_s": row["tokens_per_step"] / statistics.median(times[one]),
             "ratio": statistics.median(a / b for a, b in zip(times[one], times[base])),
+            "cpu_s": None if None in processor[one] else statistics.median(filter(None, processor[one])),
             "memory": row["peak_rss"] - row["import_rss"],
         }
     return list(rows.values())
@@ -232,7 +248,16 @@ def extras(config: Config, rows: list[dict[str, Any]], console: Console) -> dict
     return found
 
 
-COLUMNS = ("signature", "form", "ms a step [quartiles]", "tokens/s", "time / rinsx", "GFLOP/s", "peak MiB above import")
+COLUMNS = (
+    "signature",
+    "form",
+    "ms a step [quartiles]",
+    "tokens/s",
+    "time / rinsx",
+    "CPU ms a step",
+    "GFLOP/s",
+    "peak MiB above import",
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -243,6 +268,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['step_s'] * 1e3:.1f} [{low * 1e3:.1f}, {high * 1e3:.1f}]",
         f"{row['tokens_per_s']:,.0f}",
         f"{row['ratio']:.2f}",
+        "" if row["cpu_s"] is None else f"{row['cpu_s'] * 1e3:.0f}",
         f"{row['flops_per_s'] / 1e9:.0f}",
         f"{row['memory'] / 2**20:.0f}",
     ]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,18 @@ def tokens(batch=2, t=8, seed=0):
 
 def decoder(signature="A^r B", config=CONFIG, **loops):
     loops = loops or {name: 2 for name in rx.Signature(signature).exponents}
+    return make(config, signature, **loops)
+
+
+@eqx.filter_jit
+def make(config, signature, **loops):
+    # Compiled as a whole: one by one, the first use of each operation compiles it.
     return rx.models.DecoderLM(config, signature, key=jr.key(0), **loops)
+
+
+@eqx.filter_jit
+def logits_of(model, *args, **kwargs):
+    return model(*args, **kwargs)
 
 
 def reference(model, row):
@@ -87,16 +99,16 @@ def test_equals_a_reference_in_numpy(signature, tied, mlp):
     config = rx.models.DecoderConfig(31, 16, 4, 4, kv_heads=2, hidden=24, mlp=mlp, tied=tied, dtype="float32")
     model = decoder(signature, config)
     row = tokens(1)
-    np.testing.assert_allclose(model(row)[0], reference(model, row[0]), atol=2e-5)
+    np.testing.assert_allclose(logits_of(model, row)[0], reference(model, row[0]), atol=2e-5)
 
 
 @settings(max_examples=8)
 @given(st.integers(0, 7), st.integers(0, 30), st.sampled_from(["A B", "(A B)^r", "A^r B^s"]))
 def test_a_token_changes_no_logits_before_it(place, token, signature):
-    model = eqx.filter_jit(decoder(signature))
+    model = decoder(signature)
     before = tokens()
-    after = before.at[:, place].set(token)
-    a, b = model(before), model(after)
+    after = jnp.where(jnp.arange(8) == place, token, before)
+    a, b = logits_of(model, before), logits_of(model, after)
     assert jnp.array_equal(a[:, :place], b[:, :place])
     if (before[:, place] != token).all():
         assert not jnp.allclose(a[:, place], b[:, place])
@@ -111,15 +123,13 @@ def test_a_document_is_deaf_to_the_one_before_it_bit_for_bit(lengths, seed, sign
     other = [texts[0][::-1].upper(), *texts[1:]]
     total = sum(lengths) + len(lengths)
     config = rx.models.presets["nano"]
-    model = eqx.filter_jit(
-        rx.models.DecoderLM(config, signature, key=jr.key(0), **({"r": 3} if "r" in signature else {}))
-    )
+    model = make(config, signature, **({"r": 3} if "r" in signature else {}))
 
     def logits(texts):
         data = rx.data.tokenize(rx.data.documents(texts), rx.data.Bytes())
         window = rx.data.Windows(data, total)[0]
         batch = {name: jnp.asarray(window[name])[None] for name in ("tokens", "segments", "positions")}
-        return model(batch["tokens"], segments=batch["segments"], positions=batch["positions"])[0]
+        return logits_of(model, batch["tokens"], segments=batch["segments"], positions=batch["positions"])[0]
 
     a, b = logits(texts), logits(other)
     first = lengths[0] + 1
@@ -132,8 +142,8 @@ def test_a_packed_document_is_what_it_is_alone():
     whole = tokens(1, 8)
     segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1]])
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]])
-    packed = model(whole, segments=segments, positions=positions)
-    alone = jnp.concatenate([model(whole[:, :3]), model(whole[:, 3:])], axis=1)
+    packed = logits_of(model, whole, segments=segments, positions=positions)
+    alone = jnp.concatenate([logits_of(model, whole[:, :3]), logits_of(model, whole[:, 3:])], axis=1)
     np.testing.assert_allclose(packed, alone, atol=1e-5)
 
 
@@ -145,7 +155,6 @@ def test_models_of_one_key_start_from_the_same_layers():
     assert jnp.array_equal(a, b) and jnp.array_equal(a, c)
 
 
-@pytest.mark.parametrize("signature", ["A^r B", "A B^r"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -156,13 +165,13 @@ def test_models_of_one_key_start_from_the_same_layers():
     ],
     ids=["adapter", "latent", "last", "remat"],
 )
-def test_traced_depth_trains_as_static_depth_does(signature, options):
+def test_traced_depth_trains_as_static_depth_does(options):
     batch = {"tokens": tokens(), "targets": tokens(seed=1)}
-    traced = decoder(signature, r=rx.Loop(2, max=3, **options))
+    traced = decoder("A^r B", r=rx.Loop(2, max=3, **options))
     loss = lambda model, r: rx.models.DecoderLM.loss(rx.with_rounds(model, r=r), batch, jr.key(5))[0]
-    gradient = eqx.filter_value_and_grad(loss)
-    for r in (1, 2, 3):
-        a, b = gradient(traced, r), eqx.filter_jit(gradient)(traced, jnp.int32(r))
+    gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    for r in (1, 3):
+        a, b = gradient(traced, r), gradient(traced, jnp.int32(r))
         leaves = lambda x: jtu.tree_leaves(eqx.filter(x, eqx.is_inexact_array))
         assert len(leaves(a)) == len(leaves(b)) > 10
         for x, y in zip(leaves(a), leaves(b)):
@@ -172,10 +181,10 @@ def test_traced_depth_trains_as_static_depth_does(signature, options):
 def test_bfloat16_is_close_and_logits_are_float32():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     model = decoder(config=config)
-    logits = model(tokens())
+    logits = logits_of(model, tokens())
     assert logits.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array)))
-    exact = decoder()(tokens())
+    exact = logits_of(decoder(), tokens())
     assert float(jnp.abs(logits - exact).max()) < 0.1 and not jnp.array_equal(logits, exact)
 
 
@@ -192,7 +201,8 @@ def test_the_loss_in_pieces_is_the_loss(t, piece, masked):
 
     cut = lambda hidden, head, weights: 3 * rx.nn.cross_entropy(hidden, head, targets, weights, piece=piece)[0]
     np.testing.assert_allclose(cut(hidden, head, weights), 3 * plain(hidden, head, weights), rtol=1e-5)
-    for a, b in zip(jax.grad(cut, (0, 1, 2))(hidden, head, weights), jax.grad(plain, (0, 1, 2))(hidden, head, weights)):
+    grads = [jax.jit(jax.grad(f, (0, 1, 2)))(hidden, head, weights) for f in (cut, plain)]
+    for a, b in zip(*grads):
         np.testing.assert_allclose(a, 3 * b, atol=1e-4)
 
 
@@ -282,7 +292,7 @@ def preset_row(config):
         (lambda: decoder("A B C"), "4 layers cannot be shared equally by the 3 blocks"),
         (lambda: rx.models.DecoderLM(CONFIG, "A B", split=(1, 2), key=jr.key(0)), r"got \(1, 2\)"),
         (lambda: rx.models.DecoderConfig(31, 0, 4, 4), "`width` must be at least 1; got 0"),
-        (lambda: rx.models.DecoderConfig(31, 16, 4, 4, dtype="float16"), "got 'float16'"),
+        (lambda: rx.models.DecoderConfig(31, 16, 4, 4, dtype="float16"), "'float16'"),
         (lambda: rx.nn.Attention(16, heads=3, key=jr.key(0)), "width=16 and heads=3"),
         (lambda: rx.nn.Attention(16, heads=4, kv_heads=3, key=jr.key(0)), "kv_heads=3 and heads=4"),
         (lambda: rx.nn.MLP(4, 4, kind="relu", key=jr.key(0)), "'relu'"),
@@ -291,5 +301,6 @@ def preset_row(config):
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+    # In the tests the annotations are checked too, and may be first.
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=message):
         make()

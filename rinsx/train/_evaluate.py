@@ -50,8 +50,8 @@ def evaluate(
 ) -> dict[tuple[int, ...], Totals]:
     """Adds up a loss over batches, at each number of rounds asked for, whether or not the model was trained at it.
 
-    One compiled program serves every depth, and each batch is read once. Where depths are asked for, loops run rolled
-    and without their `gradient`, which binds training only: a loop can run past its `max`.
+    One compiled program serves every depth, and each batch is read once. Where depths are asked for, the
+    options `gradient`, `unroll` and `max` of the loops, which bind training only, do not count.
 
     !!! example
 

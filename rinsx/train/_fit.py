@@ -85,11 +85,11 @@ def fit(
     and started again with the same arguments ends bit for bit where an undisturbed run ends, on one machine.
 
     While one call runs on the devices, the data of the next one is fetched; a call's loss is looked at once the next
-    has begun.
+    has begun. (A CPU runs each call at once, so there nothing overlaps, but for what the data prefetches by itself.)
 
     SIGTERM ends training early: the call that runs is finished, a checkpoint is saved, and `Run.stopped` says so. With
-    several processes it is enough that one of them gets it, and one call more is run. Only the main thread can catch
-    signals.
+    several processes it is enough that one of them gets it, and up to two calls more are run. Only the main thread can
+    catch signals.
 
     `model` keeps its arrays: training begins with a copy. What `evaluate` is given may be kept, too. Logs and
     checkpoints belong to the caller, who closes them.
@@ -177,6 +177,7 @@ def fit(
     data = _Data(iterator, steps_per_call, accumulate, mesh)
     ledger = Ledger(stepper, trained[0], plan, steps, position.step, position.flops)
     watch = _Watch()
+    devices = 1 if mesh is None else mesh.size // jax.process_count()
     logs = logs if jax.process_index() == 0 else ()
     unsound = int(_unsound(trained[0]))
     step, weight, stopping = position.step, position.weight, False
@@ -222,10 +223,15 @@ def fit(
             if not ledger.measured:
                 ledger.measure(jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
             fractions, rounds = ledger.schedule(step, steps_per_call)
-            flags = share_out(np.full(jax.local_device_count(), bool(caught)), mesh)
+            flags = share_out(np.full(devices, bool(caught)), mesh)
             trained, seen = run(stepper, trained, batch, key, step, count, fractions, rounds, flags)
             settle()
             pending = (step, count, seen)
+            # The first call compiles: nothing is begun before it has ended, so that it can be left out of the time. One that is
+            # ready, as always where the backend runs it at once, is timed by now.
+            ready = jax.process_count() == 1 and seen[1].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+            if ready or step == ledger.first:
+                settle()
             step += count
             if jax.process_count() == 1:
                 # Several must stop at the same step: they know of each other's signals once a call is settled.
@@ -234,6 +240,7 @@ def fit(
             saves = checkpoints is not None and (step == steps or stopping or checkpoints.due(step))
             if evaluates or saves:
                 settle()
+                saves = saves or (checkpoints is not None and stopping)
                 with watch.paused():
                     # A copy, since the next step writes over its input.
                     model = _copy(trained[0])
@@ -272,8 +279,10 @@ class _Position:
     weight: float
     key: list[int]
 
-    def resumed(self, saved: Mapping[str, Any], steps: int) -> tuple["_Position", dict[str, float]]:
+    def resumed(self, saved: Any, steps: int) -> tuple["_Position", dict[str, float]]:
         """The position and the metrics that were saved, if they are of the run that begins here."""
+        if not (isinstance(saved, Mapping) and {"metrics", *dataclasses.asdict(self)} <= set(saved)):
+            raise ValueError(f"the checkpoint was not saved by rx.train.fit: its metadata is {saved!r}.")
         metrics = {name: math.nan if value is None else value for name, value in saved["metrics"].items()}
         found = _Position(**{field.name: saved[field.name] for field in dataclasses.fields(_Position)})
         if found.step > steps:
@@ -325,13 +334,13 @@ def _start(model: PyTree, optimizer: Any, mesh: Mesh | None) -> tuple[PyTree, Py
     if mesh is not None:
         model = place(model, mesh)
 
-    @eqx.filter_jit
-    def start(model):
-        state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-        # Some optimisers keep the parameters as part of their state.
-        return constrain(_copy(state), mesh)
+    return _copy(model), _first_state(optimizer.init, model, mesh)
 
-    return _copy(model), start(model)
+
+@eqx.filter_jit
+def _first_state(init: Callable[[PyTree], PyTree], model: PyTree, mesh: Mesh | None) -> PyTree:
+    # Copied, since some optimisers keep the parameters as part of their state.
+    return constrain(_copy(init(eqx.filter(model, eqx.is_inexact_array))), mesh)
 
 
 def _copy(tree: PyTree) -> PyTree:
