@@ -24,8 +24,8 @@ def main(options):
     if options.get("toy"):
         model, loss = toy(jr.key(0))
     else:
-        config = rx.models.DecoderConfig(257, 16, 2, 2, hidden=24, context=8, dtype="float32")
-        model = rx.models.DecoderLM(config, "A^r B", r=2, key=jr.key(0))
+        config = rx.models.DecoderConfig(257, 16, 1, 2, hidden=24, context=8, dtype="float32")
+        model = rx.models.DecoderLM(config, "A^r", r=2, key=jr.key(0))
         loss = rx.models.DecoderLM.loss
     texts = ["some text to train on, long enough for a few windows", "and more of it, in a second document"] * 4
     tokens = rx.data.tokenize(rx.data.documents(texts), rx.data.Bytes())
