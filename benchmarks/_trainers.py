@@ -50,7 +50,7 @@ def make_model(shape: Shape, stored: bool) -> Any:
     full = rx.gradient.Full()
     options: dict[str, Any] = {"gradient": full, "unroll": True} if stored else {}
     # One round is no loop: then the signature is `A B`.
-    loops = {"r": rx.Loop(shape.rounds, **options)} if shape.rounds > 1 else {}
+    loops: dict[str, Any] = {"r": rx.Loop(shape.rounds, **options)} if shape.rounds > 1 else {}
     signature = "A^r B" if loops else "A B"
     return rx.models.DecoderLM(config, signature, split=shape.split, key=jr.key(shape.seed), **options, **loops)
 
@@ -118,7 +118,8 @@ def same_weights(shape: Shape, model: Any) -> dict[str, Any]:
 def _repeated(shape: Shape) -> tuple[Any, Any]:
     import numpy as np
 
-    return tuple(np.stack([x.astype(np.int32)] * STEPS_PER_CALL) for x in make_tokens(shape))
+    tokens, targets = (np.stack([x.astype(np.int32)] * STEPS_PER_CALL) for x in make_tokens(shape))
+    return tokens, targets
 
 
 def make(name: str, shape: Shape) -> tuple[Steps, int]:

@@ -236,7 +236,9 @@ def extras(config: Config, rows: list[dict[str, Any]], console: Console) -> dict
                 if row["signature"] == signature:
                     row["flops_per_s"] = answer["flops"] / row["step_s"]
         found["input_s"] = statistics.median(
-            worker.ask(cmd="input", batches=20 * STEPS_PER_CALL, **dataclasses.asdict(shape))["seconds"]
+            worker.ask(cmd="input", batches=20 * STEPS_PER_CALL, **dataclasses.asdict(next(iter(shapes.values()))))[
+                "seconds"
+            ]
         )
         try:
             found["utilisation"] = worker.ask(cmd="utilisation", preset="rins-300m", batch=8, calls=5)

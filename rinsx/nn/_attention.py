@@ -22,8 +22,8 @@ def causal_attention(
 ) -> Float[Array, "batch heads t dim"]:
     """Attention of every position to itself and to earlier ones of the same segment.
 
-    On a GPU, in bfloat16 or float16, this is the flash kernel of `jax.nn.dot_product_attention`. Elsewhere it is written out, with scores in
-    float32, the form that measures fastest on CPU (see the results on training speed).
+    On a GPU, in bfloat16 or float16, this is the flash kernel of `jax.nn.dot_product_attention`. Elsewhere it is written out,
+    with scores in float32, the form that measures fastest on CPU (see the results on training speed).
 
     !!! example
 

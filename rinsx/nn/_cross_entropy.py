@@ -22,8 +22,8 @@ def cross_entropy(
 ) -> tuple[Scalar, Scalar]:
     """The weighted sum of `-log softmax(hidden @ head)[target]`, in nats.
 
-    Long batches are cut into pieces along `t`. Their gradient is made in the forward pass, piece by piece, so that the head is applied once, and
-    only one piece of logits stands in memory. Such a loss can be differentiated in reverse mode, once.
+    Long batches are cut into pieces along `t`. Their gradient is made in the forward pass, piece by piece, so that the head is
+    applied once, and only one piece of logits stands in memory. Such a loss can be differentiated in reverse mode, once.
 
     !!! example
 

@@ -5,8 +5,7 @@ import dataclasses
 import math
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -21,11 +20,13 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._loop import with_rounds
 from ..depth import AbstractLaw
+from ._batches import Batches
 from ._checkpoint import Checkpoints
 from ._json import encode
 from ._log import AbstractLog
 from ._mesh import constrain, place, share_out
 from ._step import Ledger, Loss, Record, run, Stepper, tables
+from ._watch import Watch
 
 
 Evaluate = Callable[[Any], Mapping[str, float]]
@@ -174,9 +175,9 @@ def fit(
             trained = found.state
             iterator.set_state(found.data)  # pyright: ignore[reportAttributeAccessIssue]
     stepper = Stepper(loss, optimizer, tuple(plan), tables(plan, specialise), accumulate, mesh)
-    data = _Data(iterator, steps_per_call, accumulate, mesh)
+    data = Batches(iterator, steps_per_call, accumulate, mesh)
     ledger = Ledger(stepper, trained[0], plan, steps, position.step, position.flops)
-    watch = _Watch()
+    watch = Watch()
     devices = 1 if mesh is None else mesh.size // jax.process_count()
     logs = logs if jax.process_index() == 0 else ()
     unsound = int(_unsound(trained[0]))
@@ -382,69 +383,6 @@ def _advice(what: str, checkpoints: Checkpoints | None) -> str:
         f"{what} that are infinite or not a number. Training stops here; {kept}. Look at the learning rate and its "
         "warm-up, at gradient clipping, at the batch of this step (they are counted from 0), and at what bfloat16 cannot hold."
     )
-
-
-class _Data:
-    """Takes batches, several at a time, and knows the position after the last."""
-
-    def __init__(self, iterator: Iterator[Any], limit: int, accumulate: int, mesh: Mesh | None):
-        self.iterator, self.limit, self.accumulate, self.mesh = iterator, limit, accumulate, mesh
-        self.shapes: PyTree = None
-
-    @property
-    def state(self) -> Any:
-        return self.iterator.get_state()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def take(self, count: int, step: int) -> PyTree:
-        """`count` batches along a new first axis, which is filled up to the limit so that its length never changes."""
-        batches = [self._next(step + i) for i in range(count)]
-        batches += [batches[-1]] * (self.limit - count)
-        return share_out(jtu.tree_map(lambda *x: np.stack(x), *batches), self.mesh, lead=1)
-
-    def _next(self, step: int) -> PyTree:
-        try:
-            batch = next(self.iterator)
-        except StopIteration:
-            raise ValueError(f"the data ends at step {step}: let it repeat, or train for fewer steps.") from None
-        batch = jtu.tree_map(lambda x: np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)), batch)
-        shapes = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-        if self.shapes is None:
-            rows = {x.shape[:1] for x in jtu.tree_leaves(shapes)}
-            if len(rows) != 1 or () in rows or (rows.pop()[0] * jax.process_count()) % self.accumulate != 0:
-                raise ValueError(
-                    "the arrays of a batch have rows as their first axis, all of them as many, a multiple of accumulate="
-                    f"{self.accumulate}; got {eqx.tree_pformat(shapes)}."
-                )
-            self.shapes = shapes
-        elif not eqx.tree_equal(shapes, self.shapes):
-            raise ValueError(
-                f"batches must be of one shape; got {eqx.tree_pformat(shapes)} at step {step}, and before it "
-                f"{eqx.tree_pformat(self.shapes)}."
-            )
-        return batch
-
-
-class _Watch:
-    """Times the steps, but for the first call, which compiles, and for what is not a step."""
-
-    def __init__(self):
-        self.seconds, self.mark = 0.0, None
-
-    def lap(self) -> float | None:
-        """The seconds since the last lap, `None` at the first."""
-        now, mark = time.perf_counter(), self.mark
-        self.mark = now
-        if mark is None:
-            return None
-        self.seconds += now - mark
-        return now - mark
-
-    @contextlib.contextmanager
-    def paused(self):
-        begin = time.perf_counter()
-        yield
-        if self.mark is not None:
-            self.mark += time.perf_counter() - begin
 
 
 @contextlib.contextmanager
