@@ -159,7 +159,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     console.print(f"wall time {_minutes(wall)}; written to {options.output}", highlight=False)
 
     record = {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + " ".join(_names((arg,))[0] if "/" in arg else arg for arg in sys.argv),
         "machine": machine(),
         "setting": {
             **setting.__dict__,

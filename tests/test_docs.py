@@ -45,7 +45,9 @@ def public():
     found = dict(modules)
     for path, module in modules.items():
         for name in getattr(module, "__all__", None) or _reexports(module):
-            found[f"{path}.{name}"] = getattr(module, name)
+            # A table of values, such as the presets, is shown by a page of the docs.
+            if callable(value := getattr(module, name)):
+                found[f"{path}.{name}"] = value
     return found
 
 

@@ -296,3 +296,24 @@ MORE = {
 def test_more_functions(fn):
     assert count(fn, struct(4, 4)).total >= 0
     assert count(jax.vmap(fn), struct(3, 4, 4)).total >= 0
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_flash_kernel_costs_what_attention_written_out_does(heads_first):
+    """The kernel exists on GPUs only: primitives of its names and parameters stand for it."""
+    batch, heads, queries, keys, dim = 2, 3, 5, 7, 4
+
+    def bind(name, outputs, *args):
+        primitive = jax.extend.core.Primitive(f"dot_product_attention_{name}_wrapper")
+        primitive.multiple_results = True
+        primitive.def_abstract_eval(lambda *args, layout: [jax.core.ShapedArray(x.shape, x.dtype) for x in outputs])
+        return primitive.bind(*args, layout=int(heads_first))
+
+    swap = (lambda x: x.swapaxes(1, 2)) if heads_first else (lambda x: x)
+    q = swap(jnp.ones((batch, queries, heads, dim)))
+    k = v = swap(jnp.ones((batch, keys, heads, dim)))
+    plain = lambda q, k, v: jnp.sum(jax.nn.dot_product_attention(swap(q), swap(k), swap(v)))
+    forward = rx.flops.count(lambda q, k, v: bind("fwd", [q], q, k, v), q, k, v)
+    both = rx.flops.count(lambda q, k, v: (bind("fwd", [q], q, k, v), bind("bwd", [q, k, v], q, k, v)), q, k, v)
+    assert forward.matmul == rx.flops.count(plain, q, k, v).matmul == 4 * batch * heads * queries * keys * dim
+    assert both.matmul == rx.flops.count(jax.grad(plain, (0, 1, 2)), q, k, v).matmul

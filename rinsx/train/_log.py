@@ -14,7 +14,10 @@ from ._json import encode
 
 
 class AbstractLog(abc.ABC):
-    """Takes the metrics of a run, step by step. With many processes, only process 0 has logs."""
+    """Takes the metrics of a run, step by step. With many processes, only process 0 has logs.
+
+    Whoever makes a log closes it: it is a context manager.
+    """
 
     @abc.abstractmethod
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -27,6 +30,12 @@ class AbstractLog(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Called once, after the last step."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 @final
