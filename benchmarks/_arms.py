@@ -172,7 +172,6 @@ class Data:
     tune: rx.data.Windows
     report: rx.data.Windows
     elsewhere: rx.data.Windows | None
-    bytes_per_token: np.ndarray
     fingerprint: str
 
 
@@ -197,7 +196,6 @@ def load(setting: Setting) -> Data:
         whole(tune),
         whole(report),
         elsewhere,
-        tokens.bytes_per_token,
         digest.hexdigest(),
     )
 
@@ -210,26 +208,32 @@ def _source(paths: tuple[str, ...], field: str) -> rx.data.AbstractSource:
     return rx.data.text(*paths)
 
 
+def nats_and_bytes(model, batch, key):
+    """The loss of each row, and how many bytes of text it stands for. One function for all, so that it is compiled once an arm."""
+
+    def row(batch):
+        rows = {name: x[None] for name, x in batch.items() if name != "bytes"}
+        return loss(model, rows, key)[0], jnp.sum(batch["bytes"])
+
+    return jax.vmap(row)(batch)
+
+
 class Evaluator:
     """Adds up nats and bytes of each of a fixed set of windows."""
 
-    def __init__(self, windows: rx.data.Windows, number: int, bytes_per_token: np.ndarray):
+    def __init__(self, windows: rx.data.Windows, number: int):
         # Evenly spaced, so that every part of the text is heard.
         chosen = np.unique(np.linspace(0, len(windows) - 1, min(number, len(windows))).astype(int))
         size = 16
         self.number = len(chosen)
-        padded = np.resize(chosen, -(-len(chosen) // size) * size)
-        self.batches = [windows.take(padded[i : i + size]) for i in range(0, len(padded), size)]
-        table = jnp.asarray(bytes_per_token)
-
-        def rows(model, batch, key):
-            def row(batch):
-                total, _ = loss(model, {name: x[None] for name, x in batch.items()}, key)
-                return total, jnp.sum(table[batch["targets"]] * batch["weights"])
-
-            return jax.vmap(row)(batch)
-
-        self.rows = rows
+        self.batches = []
+        for i in range(0, len(chosen), size):
+            part = chosen[i : i + size]
+            batch = windows.take(np.resize(part, size))
+            # What fills up the last batch counts nothing.
+            batch["weights"][len(part) :] = 0
+            batch["bytes"] = windows.tokens.bytes_per_token[batch["targets"]] * batch["weights"].astype(np.int32)
+            self.batches.append(batch)
 
     def __call__(
         self, model, depths: tuple[int, ...] | None, few: int | None = None
@@ -237,7 +241,7 @@ class Evaluator:
         """Nats and bytes of each window, at each depth (or at none, for a model without a loop)."""
         batches = self.batches if few is None else self.batches[:: max(len(self.batches) // few, 1)]
         rounds = None if depths is None else {"r": depths}
-        found = rx.train.evaluate(model, self.rows, batches, rounds=rounds)
+        found = rx.train.evaluate(model, nats_and_bytes, batches, rounds=rounds)
         flat = lambda x: x.reshape(-1)[: self.number].astype(np.float64)
         return {(key[0] if key else None): (flat(t.total), flat(t.weight)) for key, t in found.items()}
 
@@ -254,14 +258,12 @@ def identity(arm: Arm, setting: Setting, seed: int, rate: float, fingerprint: st
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@ft.cache
 def optimizer(setting: Setting, rate: float):
-    """Muon on matrices and AdamW on the rest, or AdamW on all; the learning rate follows the FLOPs spent."""
+    """Muon on matrices and AdamW on the rest, or AdamW on all; the learning rate follows the FLOPs spent. One for
+    all seeds of an arm, so that they share a compiled program."""
     schedule = rx.train.cosine(rate, warmup=0.05, floor=0.05)
     return {"muon": rx.train.muon, "adamw": rx.train.adamw}[setting.optimizer](schedule)
-
-
-# One optimiser for all seeds of an arm, so that they share a compiled program.
-_optimizer = ft.cache(optimizer)
 
 
 def train(
@@ -272,6 +274,7 @@ def train(
     rate: float,
     *,
     logs: list[Any],
+    metrics: pathlib.Path,
     checkpoints: pathlib.Path | None,
     every: int,
     tuning: bool,
@@ -291,22 +294,15 @@ def train(
     elif arm.rounds is not None:
         depth = {"r": arm.rounds}
     at = None if arm.rounds is None else (arm.rounds,)
-    evaluator = Evaluator(data.tune if tuning else data.report, setting.windows, data.bytes_per_token)
-    curve = []
+    evaluator = Evaluator(data.tune if tuning else data.report, setting.windows)
     every_points = max(steps // setting.points, 1)
 
     def evaluate(model):
         ((nats, size),) = evaluator(model, at, few=8).values()
         return {"bits_per_byte": bits_per_byte(nats, size)}
 
-    class Curve(rx.train.AbstractLog):
-        def write(self, step, metrics):
-            if "bits_per_byte" in metrics:
-                curve.append([step, metrics["bits_per_byte"]])
-
-        def close(self):
-            pass
-
+    # On disk, so that a run that goes on from a checkpoint has the whole curve.
+    lines = rx.train.JsonLines(metrics)
     store = None
     if checkpoints is not None:
         store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
@@ -314,7 +310,7 @@ def train(
         model,
         loss,
         rx.data.batches(data.train, setting.batch, seed=seed),
-        _optimizer(setting, rate),
+        optimizer(setting, rate),
         steps=steps,
         key=jr.key(2000 + seed),
         depth=depth,
@@ -322,9 +318,10 @@ def train(
         evaluate=evaluate,
         evaluate_every=every_points,
         checkpoints=store,
-        logs=[Curve(), *logs],
+        logs=[lines, *logs],
         mesh=mesh,
     )
+    lines.close()
     if store is not None:
         store.close()
     if run.stopped:
@@ -347,12 +344,18 @@ def train(
         "bits_per_byte": bits_per_byte(nats, size),
         "at_depth": {str(r): bits_per_byte(*pair) for r, pair in found.items()},
         "windows": {"nats": [float(x) for x in nats], "bytes": [float(x) for x in size]},
-        "curve": curve,
+        "curve": _curve(metrics),
         "seconds": run.seconds,
         "wall": trained,
     }
     if data.elsewhere is not None and not tuning:
-        other = Evaluator(data.elsewhere, setting.windows, data.bytes_per_token)
+        other = Evaluator(data.elsewhere, setting.windows)
         ((nats, size),) = other(run.model, at).values()
         result["elsewhere"] = bits_per_byte(nats, size)
     return result
+
+
+def _curve(metrics: pathlib.Path) -> list[list[float]]:
+    """The points at which a run was evaluated: step and bits per byte."""
+    lines = map(json.loads, metrics.read_text("utf-8").splitlines())
+    return [[line["step"], line["bits_per_byte"]] for line in lines if "bits_per_byte" in line]

@@ -32,32 +32,32 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What all peers share: a byte model `A^r B` of pre-norm layers with rotary attention and SwiGLU, without biases.
-
-    **Attributes:**
-
-    - `width`, `heads`, `hidden`: of a layer; `hidden` is the size inside SwiGLU.
-    - `split`: the layers in A and in B.
-    - `rounds`: how often A runs; 1 is `A B`.
-    - `vocabulary`, `length`, `batch`: a step sees `batch * length` tokens.
-    - `tied`: whether the head is the embedding.
-    - `learning_rate`: of AdamW.
-    - `threads`: for PyTorch.
-    - `seed`: of the tokens.
-    """
+    """What all peers share: a byte model `A^r B` of pre-norm layers with rotary attention and SwiGLU, without biases."""
 
     width: int = 256
+    """The size of the state."""
     heads: int = 4
+    """Heads of attention."""
     hidden: int = 688
+    """The size inside SwiGLU."""
     split: tuple[int, int] = (2, 2)
+    """The layers in A and in B."""
     rounds: int = 3
+    """How often A runs; 1 is `A B`."""
     vocabulary: int = 257
+    """How many tokens there are."""
     length: int = 128
+    """The tokens of a row."""
     batch: int = 4
+    """The rows of a batch."""
     tied: bool = False
+    """Whether the head is the embedding."""
     learning_rate: float = 1e-3
+    """Of AdamW."""
     threads: int = 2
+    """On how many cores everything runs."""
     seed: int = 0
+    """Of the tokens."""
 
     def __post_init__(self):
         object.__setattr__(self, "split", tuple(self.split))
@@ -304,17 +304,11 @@ def _warm_imports(shape: Shape, builder: Callable[[Shape], Peer], compiled: bool
         import torch._inductor.compile_fx
 
 
-def main() -> None:
-    if sys.argv[1:] == ["--list"]:
-        print(json.dumps(list(PEERS)))
-        return
-    if sys.argv[1:]:
-        raise SystemExit(f"the only option is --list, got {' '.join(sys.argv[1:])!r}")
+def serve(commands: dict[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answers requests, a line of JSON each, until `quit` or the end of the input."""
     # Whatever a library or a compiler prints must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    worker = Worker()
-    commands = {"build": worker.build, "run": worker.run}
     for line in sys.stdin:
         try:
             request = json.loads(line)
@@ -324,11 +318,21 @@ def main() -> None:
             if command == "quit":
                 return
             if command not in commands:
-                raise ValueError(f"commands are build, run and quit, got {command!r}")
+                raise ValueError(f"commands are {', '.join(commands)} and quit, got {command!r}")
             answer = commands[command](**request)
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--list"]:
+        print(json.dumps(list(PEERS)))
+        return
+    if sys.argv[1:]:
+        raise SystemExit(f"the only option is --list, got {' '.join(sys.argv[1:])!r}")
+    worker = Worker()
+    serve({"build": worker.build, "run": worker.run})
 
 
 if __name__ == "__main__":

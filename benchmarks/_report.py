@@ -2,17 +2,16 @@
 
 import json
 import math
-import platform
 import sys
 import time
 from _statistics import differences, residual, smallest_visible
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import matplotlib
 import numpy as np
 from _arms import MEANINGS
+from _machine import machine
 from rich.console import Console
 from rich.live import Live as RichLive
 from rich.table import Table
@@ -160,7 +159,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
 
     record = {
         "command": "python " + " ".join(_names((arg,))[0] if "/" in arg else arg for arg in sys.argv),
-        "machine": machine(),
+        "machine": _machine(),
         "setting": {
             **setting.__dict__,
             "cache": None,
@@ -221,7 +220,7 @@ def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> No
             for name in ("optimizer", "width", "layers", "heads", "length", "batch", "tokens")
         },
         "corpus": _names(setting.corpus) or ["standard library"],
-        "machine": machine(),
+        "machine": _machine(),
         "losses": {name: {f"{rate:g}": losses[rate] for rate in grid} for name, losses in table.items()},
         "best": best,
         "interior": not edges,
@@ -254,27 +253,12 @@ def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: flo
     plt.close(figure)
 
 
-def machine() -> dict[str, Any]:
-    """Hardware and versions."""
+def _machine() -> dict[str, Any]:
     import jax
 
-    processor = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as file:
-            processor = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    import os
-
-    packages = {name: version(name) for name in ("rinsx", "jax", "equinox", "optax", "grain", "numpy")}
     devices = jax.devices()
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "device": f"{len(devices)} x {devices[0].device_kind}",
-        "python": platform.python_version(),
-        **packages,
-    }
+    told = machine("rinsx", "jax", "equinox", "optax", "grain", "numpy")
+    return {**told, "device": f"{len(devices)} x {devices[0].device_kind}"}
 
 
 def _names(paths: tuple[str, ...]) -> list[str]:

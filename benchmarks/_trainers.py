@@ -12,15 +12,12 @@ What needs JAX is imported when the first `build` comes, so that threads can be 
 """
 
 import dataclasses
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from _peers import make_tokens, memory, Shape
+from _peers import make_tokens, memory, serve, Shape
 
 
 FORMS = ("rinsx", "rinsx stored", "JAX by hand")
@@ -259,25 +256,6 @@ class Worker:
         return found
 
 
-def main() -> None:
-    # Whatever a library or a compiler prints must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    worker = Worker()
-    commands = {name: getattr(worker, name) for name in ("build", "run", "check", "input", "utilisation")}
-    for line in sys.stdin:
-        try:
-            request = json.loads(line)
-            command = request.pop("cmd", None)
-            if command == "quit":
-                return
-            if command not in commands:
-                raise ValueError(f"commands are {', '.join(commands)} and quit, got {command!r}")
-            answer = commands[command](**request)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    worker = Worker()
+    serve({name: getattr(worker, name) for name in ("build", "run", "check", "input", "utilisation")})

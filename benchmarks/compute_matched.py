@@ -175,6 +175,7 @@ def work() -> None:
                 job["seed"],
                 job["rate"],
                 logs=[Report()],
+                metrics=pathlib.Path(job["metrics"]),
                 checkpoints=checkpoints,
                 every=job["every"],
                 tuning=job["tuning"],
@@ -252,6 +253,7 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
                         "row": row,
                         "seed": seed,
                         "rate": rate,
+                        "metrics": str((options.output / "metrics" / f"{name}.jsonl").resolve()),
                         "checkpoints": folder,
                         "every": options.save_every or 1000,
                         "tuning": options.tune,
@@ -329,6 +331,8 @@ def main() -> None:
         work()
         return
     options = tyro.cli(Options, description=__doc__)
+    # The parent only plans: the memory of an accelerator is for the worker.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import _report
 
     begin = time.perf_counter()

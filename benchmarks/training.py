@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from _machine import machine
 from _peers import PEERS, Shape
 from _trainers import FORMS, STEPS_PER_CALL
 from rich.console import Console
@@ -45,24 +46,8 @@ class Config:
     """How many times each is timed, in turns with the others."""
     steps: int = 10
     """Steps a turn, a multiple of 5."""
-    width: int = 256
-    """The size of the state."""
-    heads: int = 4
-    """Heads of attention."""
-    hidden: int = 688
-    """The size inside the MLPs."""
-    split: tuple[int, int] = (2, 2)
-    """The layers in A and in B."""
-    rounds: int = 3
-    """How often A runs; `A B` is run too."""
-    vocabulary: int = 257
-    """How many tokens there are."""
-    length: int = 128
-    """The tokens of a row."""
-    batch: int = 4
-    """The rows of a batch."""
-    threads: int = 2
-    """On how many cores everything runs."""
+    shape: Annotated[Shape, tyro.conf.arg(name="")] = Shape()
+    """What is trained."""
     quick: bool = False
     """A short run of a small model, to see that all works."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs/training")
@@ -142,13 +127,10 @@ class Process:
 
 
 def contestants(config: Config) -> list[Contestant]:
-    fields = {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(Shape) if hasattr(config, field.name)
-    }
-    deep = Shape(**fields)
+    deep = config.shape
     shallow = dataclasses.replace(deep, rounds=1)
-    named = {f"A^{config.rounds} B" if config.rounds > 1 else "A B": deep}
-    if config.rounds > 1:
+    named = {f"A^{deep.rounds} B" if deep.rounds > 1 else "A B": deep}
+    if deep.rounds > 1:
         named["A B"] = shallow
     found = [Contestant(signature, name, shape) for signature, shape in named.items() for name in FORMS]
     if config.peer_python is not None:
@@ -169,7 +151,7 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
             python = config.peer_python if one.peer else sys.executable
             assert python is not None
             log = config.output / f"{one.signature} {one.label}.log".replace(" ", "_").replace(",", "")
-            worker = Process(python, "_peers.py" if one.peer else "_trainers.py", config.threads, log)
+            worker = Process(python, "_peers.py" if one.peer else "_trainers.py", config.shape.threads, log)
             workers.append((one, worker))
             # The threads that PyTorch is told of; JAX has those of its cores.
             built = {"compile": one.compiled} if one.peer else {}
@@ -216,7 +198,7 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
 
 def extras(config: Config, rows: list[dict[str, Any]], console: Console) -> dict[str, Any]:
     """What the numbers rest on: equal losses, FLOPs, the time to make a batch, and utilisation on a GPU."""
-    worker = Process(sys.executable, "_trainers.py", config.threads, config.output / "extras.log")
+    worker = Process(sys.executable, "_trainers.py", config.shape.threads, config.output / "extras.log")
     found: dict[str, Any] = {"losses": {}}
     try:
         shapes = {one.signature: one.shape for one in contestants(config)}
@@ -293,7 +275,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main(config: Config) -> None:
     if config.quick:
-        config = dataclasses.replace(config, turns=2, steps=STEPS_PER_CALL, width=64, heads=2, hidden=176)
+        config = dataclasses.replace(
+            config,
+            turns=2,
+            steps=STEPS_PER_CALL,
+            shape=dataclasses.replace(config.shape, width=64, heads=2, hidden=176),
+        )
     if config.steps % STEPS_PER_CALL or config.steps < 1 or config.turns < 1:
         raise SystemExit(
             f"--turns is at least 1 and --steps a positive multiple of {STEPS_PER_CALL}, got {config.turns} and {config.steps}"
@@ -306,11 +293,9 @@ def main(config: Config) -> None:
     found = extras(config, rows, console)
     hardware = {
         "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": config.threads,
+        **machine(),
+        "threads": config.shape.threads,
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
         "versions": {name: number for row in rows for name, number in row["versions"].items()},
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items() if k != "output"}
@@ -322,7 +307,7 @@ def main(config: Config) -> None:
     wide.print(table(rows))
     first = rows[0]
     wide.print(
-        f"{hardware['processor']}, {config.threads} cores. A batch of real text takes {found['input_s'] * 1e3:.2f} ms to make, "
+        f"{hardware['processor']}, {config.shape.threads} cores. A batch of real text takes {found['input_s'] * 1e3:.2f} ms to make, "
         f"{found['input_s'] / first['step_s']:.2%} of a step of {first['label']}."
     )
     rates = {row["signature"]: row["flops_per_s"] for row in rows if row["label"] == first["label"]}
@@ -330,15 +315,6 @@ def main(config: Config) -> None:
         deep, shallow = rates.values()
         wide.print(f"For each FLOP, {first['signature']} runs at {deep / shallow:.2f} of the speed of A B.")
     console.print(f"results in {config.output}")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

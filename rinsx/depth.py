@@ -37,6 +37,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Int32, PRNGKeyArray, UInt32
 
+from ._check import rational
+
 
 __all__ = [
     "AbstractLaw",
@@ -209,17 +211,6 @@ def _depth(name: str, value: SupportsIndex, largest: int = _LONGEST) -> int:
     return depth
 
 
-def _rational(name: str, value: Fraction | int | float | str) -> Fraction:
-    try:
-        # By its shortest text a float is what was typed: 0.8 is 4/5.
-        return Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"`{name}` must be a finite number: a Fraction, an int, a float, or a text "
-            f"such as '4/5' or '0.8'; got {value!r}."
-        ) from None
-
-
 class Fixed(_AbstractTable):
     """The same depth always.
 
@@ -275,7 +266,7 @@ class Binomial(_AbstractTable):
             its shortest decimal text: `0.8` is exactly 4/5. Write `"1/3"` where no
             decimal is exact.
         """
-        n, p = _depth("max", max) - 1, _rational("skip", skip)
+        n, p = _depth("max", max) - 1, rational("skip", skip)
         if not 0 <= p <= 1:
             raise ValueError(f"`skip` is a probability, in [0, 1]; got {skip!r}.")
         run, rest = p.denominator - p.numerator, p.numerator
@@ -332,7 +323,7 @@ class Categorical(_AbstractTable):
         - `weights`: the weight of each depth. They need not sum to one. A float stands
             for its shortest decimal text: `0.1` is exactly 1/10.
         """
-        table = {_depth("a depth in `weights`", r, _INT32_MAX): _rational("a weight", w) for r, w in weights.items()}
+        table = {_depth("a depth in `weights`", r, _INT32_MAX): rational("a weight", w) for r, w in weights.items()}
         if min(table.values(), default=0) < 0 or not any(table.values()):
             raise ValueError(f"`weights` must have none below zero and one above; got {dict(weights)}.")
         scale = math.lcm(*(w.denominator for w in table.values()))
@@ -365,7 +356,7 @@ class Poisson(_AbstractTable):
         - `max`: the largest depth, at least 1. (`law.max` is smaller where the
             weights at the end come to zero.)
         """
-        rate = _rational("mean", mean) - 1
+        rate = rational("mean", mean) - 1
         if rate < 0:
             raise ValueError(f"`mean` must be at least 1; got {mean!r}.")
         # exp(-rate) cancels, which leaves rate^k / k!, here with denominators cleared.
@@ -414,7 +405,7 @@ class LogNormalPoisson(_AbstractTable):
         - `max`: the largest depth, at least 1. (`law.max` is smaller where the
             weights at the end come to zero.)
         """
-        m, s = float(_rational("mean", mean)), float(_rational("sigma", sigma))
+        m, s = float(rational("mean", mean)), float(rational("sigma", sigma))
         largest = _depth("max", max)
         if not 0 < m <= largest:
             raise ValueError(f"`mean` must be in (0, max={largest}]; got {mean!r}.")

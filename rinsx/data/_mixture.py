@@ -8,7 +8,7 @@ from typing import final, SupportsIndex
 
 import numpy as np
 
-from ._split import rational
+from .._check import rational
 from ._windows import Batch, Windows
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
-from ._sources import AbstractSource, decode, find, hash_file, hash_parts, shown
+from .._hash import hash_file
+from ._sources import AbstractSource, decode, find, hash_parts, shown
 
 
 _LINES = tuple(f".{name}{packed}" for name in ("jsonl", "ndjson") for packed in ("", ".gz", ".xz", ".zst"))

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from .._hash import hash_file
+
 
 class AbstractSource(abc.ABC):
     """A corpus: documents, each a `str`, in an order that does not change.
@@ -192,12 +194,6 @@ def find(paths: Iterable[str | os.PathLike], suffixes: str | tuple[str, ...]) ->
 def hash_parts(*parts: str) -> str:
     """A hash of texts that tells `("a", "b")` from `("ab",)`."""
     return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()
-
-
-def hash_file(path: pathlib.Path) -> str:
-    """A hash of what a file holds."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_texts(kind: str, texts: Iterable[str]) -> str:

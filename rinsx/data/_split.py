@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from .._check import rational
 from ._tokens import Tokens
 
 
@@ -65,16 +66,6 @@ def split(
     if isinstance(by, str) or by < 1:
         raise ValueError(f"`by` must be 'document' or a number of tokens, at least 1; got {by!r}")
     return _by_chunk(tokens, share, by, seed)
-
-
-def rational(name: str, value: Fraction | int | float | str) -> Fraction:
-    """A number as it is written: 0.1 is 1/10."""
-    try:
-        return Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"`{name}` must be a number: a Fraction, an int, a float, or a text such as '1/20'; got {value!r}"
-        ) from None
 
 
 def _by_document(tokens: Tokens, share: Fraction, seed: int) -> tuple[Tokens, Tokens]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-from ._sources import AbstractSource, hash_file, hash_parts
+from .._hash import hash_file
+from ._sources import AbstractSource, hash_parts
 
 
 _FOLDERS = {"__pycache__", "idle_test", "site-packages", "dist-packages", "test", "tests"}

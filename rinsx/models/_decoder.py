@@ -12,12 +12,14 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._check import at_least
 from .._loop import Loop, Rounds
 from .._recur import compose, Recursion
 from .._signature import Signature
 from .._stack import Stack
 from ..gradient import AbstractStorage
 from ..nn import cross_entropy, Embedding, Linear, RMSNorm, rotary, TransformerLayer
+from ..nn._cross_entropy import logits_of
 
 
 Tokens = Int[Array, "batch t"]
@@ -64,9 +66,8 @@ class DecoderConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        names = ("vocab_size", "width", "layers", "heads", "context")
+        at_least(1, **{name: getattr(self, name) for name in names})
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"`dtype` must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
         if self.hidden is None:
@@ -178,8 +179,7 @@ class DecoderLM(eqx.Module):
         Logits of the next token at every position, in float32.
         """
         hidden = self.hidden(tokens, segments=segments, positions=positions, key=key)
-        head = self._head().astype(hidden.dtype)
-        return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        return logits_of(hidden, self._head())
 
     def hidden(
         self,

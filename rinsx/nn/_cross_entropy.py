@@ -52,17 +52,26 @@ def cross_entropy(
         raise ValueError(f"`piece` is a number of bytes, at least 1; got {piece}.")
     batch, t, _ = hidden.shape
     length = max(min(t, piece // (4 * batch * head.shape[1])), 1)
-    total = _loss if length == t else _in_pieces
-    return total(hidden, head, targets, weights, length), jnp.sum(weights)
+    if length == t:
+        total = _loss(hidden, head, targets, weights)
+    else:
+        total = _in_pieces(hidden, head, targets, weights, length)
+    return total, jnp.sum(weights)
 
 
-def _loss(hidden, head, targets, weights, length) -> Scalar:
-    del length
+def logits_of(
+    hidden: Float[Array, "batch t width"], head: Float[Array, "width tokens"]
+) -> Float[Array, "batch t tokens"]:
+    """The head applied, in the dtype of what it is applied to and added up in float32."""
+    return jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _loss(hidden, head, targets, weights) -> Scalar:
     return jnp.sum(weights * _nats(hidden, head, targets))
 
 
 def _nats(hidden, head, targets):
-    logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = logits_of(hidden, head)
     right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - right
 
@@ -70,14 +79,14 @@ def _nats(hidden, head, targets):
 @jax.custom_vjp
 def _pieces(hidden, head, targets, weights):
     """Arrays cut into pieces, stacked along a new first axis."""
-    add = lambda total, x: (total + _loss(x[0], head, x[1], x[2], None), None)
+    add = lambda total, x: (total + _loss(x[0], head, x[1], x[2]), None)
     return lax.scan(add, jnp.float32(0), (hidden, targets, weights))[0]
 
 
 def _pieces_fwd(hidden, head, targets, weights):
     def step(carry, x):
         total, of_head = carry
-        value, pull = jax.vjp(lambda hidden, head, weights: _loss(hidden, head, x[1], weights, None), x[0], head, x[2])
+        value, pull = jax.vjp(lambda hidden, head, weights: _loss(hidden, head, x[1], weights), x[0], head, x[2])
         of_hidden, more, of_weights = pull(jnp.float32(1))
         return (total + value, of_head + more), (of_hidden, of_weights)
 

@@ -6,6 +6,8 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._check import at_least
+
 
 class Linear(eqx.Module):
     """Multiplies the last axis by a matrix, with all other axes flattened into one: `x @ weight`.
@@ -32,7 +34,7 @@ class Linear(eqx.Module):
             three deviations.
         - `key`: for the weights.
         """
-        _at_least_one(inputs=inputs, outputs=outputs)
+        at_least(1, inputs=inputs, outputs=outputs)
         self.weight = _normal(key, (inputs, outputs), scale * inputs**-0.5)
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
@@ -66,7 +68,7 @@ class Embedding(eqx.Module):
         - `width`: the size of a vector.
         - `key`: for the weights, normal of standard deviation `1 / sqrt(width)`, so that logits of a tied head start at unit size.
         """
-        _at_least_one(tokens=tokens, width=width)
+        at_least(1, tokens=tokens, width=width)
         self.weight = _normal(key, (tokens, width), width**-0.5)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
@@ -100,7 +102,7 @@ class RMSNorm(eqx.Module):
         - `width`: the size of the last axis.
         - `epsilon`: added to the mean square.
         """
-        _at_least_one(width=width)
+        at_least(1, width=width)
         self.scale = jnp.ones(width)
         self.epsilon = epsilon
 
@@ -114,9 +116,3 @@ class RMSNorm(eqx.Module):
 def _normal(key: PRNGKeyArray, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
     # Cutting a normal distribution at three deviations leaves 0.9866 of its deviation.
     return jr.truncated_normal(key, -3.0, 3.0, shape) * (deviation / 0.98658)
-
-
-def _at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {size}.")

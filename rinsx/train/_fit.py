@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
+from .._check import at_least
 from .._loop import with_rounds
 from ..depth import AbstractLaw
 from ._batches import Batches
@@ -156,8 +157,8 @@ def fit(
     for a batch whose rows cannot be divided as asked, for data that ends before `steps`, where a number of rounds is
     refused, and for a checkpoint that was trained with another `key` or for more `steps`.
     """
-    _check(1, steps=steps, accumulate=accumulate, steps_per_call=steps_per_call, evaluate_every=evaluate_every)
-    _check(0, specialise=specialise)
+    at_least(1, steps=steps, accumulate=accumulate, steps_per_call=steps_per_call, evaluate_every=evaluate_every)
+    at_least(0, specialise=specialise)
     if mesh is None and jax.process_count() > 1:
         raise ValueError(f"training by {jax.process_count()} processes needs a mesh: give mesh=rx.train.mesh().")
     plan = _depths(model, depth or {}, steps, key)
@@ -299,12 +300,6 @@ class _Position:
 def _numbers(key: PRNGKeyArray) -> list[int]:
     data = jr.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return np.asarray(data).tolist()
-
-
-def _check(least: int, **numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {number}.")
 
 
 def _depths(model: PyTree, depth: Mapping[str, Any], steps: int, key: PRNGKeyArray) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import PyTree
 
-from .._stack import Stack
+from ._roles import axes
 
 
 _BATCH = ("replica", "shard")
@@ -87,16 +87,8 @@ def constrain(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """The sharding of each array, `None` for what is none."""
-
-    def walk(node: Any, stacked: int) -> Any:
-        def inner(x):
-            if isinstance(x, Stack):
-                return walk(x, stacked + 1)
-            return NamedSharding(mesh, _spec(x, mesh, stacked)) if eqx.is_array(x) else None
-
-        return jtu.tree_map(inner, node, is_leaf=lambda x: isinstance(x, Stack) and x is not node)
-
-    return walk((tree,), 0)[0]
+    one = lambda x, stacked: NamedSharding(mesh, _spec(x, mesh, stacked)) if eqx.is_array(x) else None
+    return jtu.tree_map(one, tree, axes(tree))
 
 
 def share_out(batch: PyTree, mesh: Mesh | None, lead: int = 0) -> PyTree:
@@ -118,9 +110,10 @@ def share_out(batch: PyTree, mesh: Mesh | None, lead: int = 0) -> PyTree:
     return jtu.tree_map(make, batch)
 
 
-def _spec(x: Any, mesh: Mesh, stacked: int) -> P:
+def _spec(x: Any, mesh: Mesh, stacked: int | None) -> P:
+    # Only floating arrays are cut: what is none has no count of stacked axes.
     shards = mesh.shape["shard"]
-    if shards == 1 or not eqx.is_inexact_array(x):
+    if shards == 1 or stacked is None:
         return P()
     free = [axis for axis in range(stacked, x.ndim) if x.shape[axis] % shards == 0]
     if not free:

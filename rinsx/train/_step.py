@@ -103,9 +103,22 @@ def cost(loss: Loss, model: PyTree, batch: PyTree, **rounds: int) -> flops.Cost:
 
     A [`rinsx.flops.Cost`][].
     """
-    model = with_rounds(model, **rounds) if rounds else model
+    return _count(loss, model, batch, rounds)
+
+
+def _count(
+    loss: Loss, model: PyTree, batch: PyTree, rounds: Mapping[str, int], accumulate: int = 1, traced: bool = False
+) -> flops.Cost:
+    """The cost of a gradient at some depths, given as Python integers or, where the program is made for any, as traced ones."""
+
+    def step(model, given, batch, key):
+        given = given if traced else rounds
+        deep = with_rounds(model, **given) if given else model
+        return gradient(loss, deep, batch, key, accumulate)[0]
+
+    given = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in rounds} if traced else {}
     key = jax.eval_shape(lambda: jr.key(0))
-    return flops.count(lambda model, batch, key: gradient(loss, model, batch, key)[0], model, batch, key)
+    return flops.count(step, model, given, batch, key, trips=dict(rounds) if traced else {})
 
 
 class Stepper(eqx.Module):
@@ -219,20 +232,10 @@ class Ledger:
         """Counts the step at each depth that occurs, and adds up."""
         names = tuple(self.plan)
         columns = (list(zip(*self.plan.values())) if names else [()] * self.steps)[self.first :]
-        costs = {depth: self._cost(batch, dict(zip(names, depth))) for depth in set(columns)}
+        loss, accumulate, traced = self.stepper.loss, self.stepper.accumulate, self.stepper.depths is None
+        count = lambda depth: _count(loss, self.model, batch, dict(zip(names, depth)), accumulate, traced)
+        costs = {depth: int(count(depth).matmul) for depth in set(columns)}
         self.before = list(it.accumulate((costs[depth] for depth in columns), initial=self.before[0]))
-
-    def _cost(self, batch: PyTree, rounds: dict[str, int]) -> int:
-        loss, accumulate = self.stepper.loss, self.stepper.accumulate
-        traced = self.stepper.depths is None
-
-        def step(model, given, batch, key):
-            deep = with_rounds(model, **(given if traced else rounds))
-            return gradient(loss, deep, batch, key, accumulate)[0]
-
-        given = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in rounds} if traced else {}
-        key = jax.eval_shape(lambda: jr.key(0))
-        return int(flops.count(step, self.model, given, batch, key, trips=rounds if traced else {}).matmul)
 
     def spent(self, step: int) -> int:
         """The FLOPs of all steps before this one."""

@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from .._hash import hash_file
+
 
 MANIFEST = "checkpoint.json"
 
@@ -28,7 +30,7 @@ def write_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _checksum(path)]
+            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, hash_file(path)]
     text = json.dumps({**manifest, "files": files}, allow_nan=False)
     # The first line is the checksum of the second.
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
@@ -58,13 +60,8 @@ def verify(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
             raise Damaged(f"{name} is missing")
         if path.stat().st_size != size:
             raise Damaged(f"{name} has {path.stat().st_size} bytes in place of {size}")
-        if _checksum(path) != checksum:
+        if hash_file(path) != checksum:
             raise Damaged(f"{name} is changed")
-
-
-def _checksum(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_stored(leaf: Any) -> bool:
