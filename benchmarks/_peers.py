@@ -86,11 +86,11 @@ class Peer:
     gradient_visits: int
 
 
-def x_transformers(shape: Shape, attention: str = "flash") -> Peer:
+def x_transformers(shape: Shape, attention: str = "flash", **options: Any) -> Peer:
     """x-transformers runs `A^r B` itself, by `layers_execute_order`.
 
     That order counts sub-layers: layer `i` is attention `2 i` and feed-forward `2 i + 1`. The gradient flows through every
-    visit. Its GLU always has a bias, which is taken out. A tied head is scaled by `width ** -0.5`.
+    visit. Its GLU always has a bias, which is taken out. A tied head is scaled by `width ** -0.5`. `options` go to its layers.
     """
     from torch import nn
     from x_transformers import Decoder, TransformerWrapper
@@ -112,6 +112,7 @@ def x_transformers(shape: Shape, attention: str = "flash") -> Peer:
         ff_mult=(shape.hidden + 0.5) / shape.width,
         layers_execute_order=tuple(2 * i + part for i in shape.order for part in (0, 1)),
         verbose=False,
+        **options,
     )
     for module in layers.modules():
         if isinstance(module, nn.Linear):

@@ -49,6 +49,8 @@ class Config:
     """How many times each form is timed, in turns with the others."""
     seconds: float = 25.0
     """The most time that the turns of one block and number of rounds may take; at least 5 turns run."""
+    compilations: int = 9
+    """How many times each form is compiled at the fewest and the most rounds."""
     quick: bool = False
     """A short run of small blocks, to see that all works."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs/operators")
@@ -198,6 +200,30 @@ def measure(name: str, rounds: int, config: Config) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def compiling(name: str, config: Config) -> list[dict[str, Any]]:
+    """Seconds to lower and compile a gradient step at few and at many rounds, in turns: medians, and the ratio of the two."""
+    params, block, x = make_block(name)
+    few, many = min(r for r in config.rounds if r > 1), max(config.rounds)
+    names = ("hand remat", "rinsx remat", "rinsx traced")
+    times: dict[tuple[str, int], list[float]] = {(form, r): [] for form in names for r in (few, many)}
+    for _ in range(config.compilations):
+        for form, r in times:
+            jax.clear_caches()
+            fn = forms(block, r)[form]
+            step = jax.grad(lambda params, x, r, fn=fn: jnp.sum(fn(params, x, r) ** 2), argnums=(0, 1))
+            times[form, r].append(compile_form(step, (params, x, jnp.int32(r)))[1]["compile_s"])
+    return [
+        {
+            "block": name,
+            "form": form,
+            "rounds": [few, many],
+            "median_s": [statistics.median(times[form, r]) for r in (few, many)],
+            **ratio("many_to_few", times[form, many], times[form, few]),
+        }
+        for form in names
+    ]
+
+
 def _once(fn, args) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(fn(*args))
@@ -294,15 +320,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main(config: Config) -> None:
     if config.quick:
         config = dataclasses.replace(
-            config, rounds=(2, 16), blocks=("mlp-64x32", "attention-64x512"), turns=10, seconds=5
+            config, rounds=(2, 16), blocks=("mlp-64x32", "attention-64x512"), turns=10, seconds=5, compilations=3
         )
     console = Console()
     rows: list[dict[str, Any]] = []
+    compiled: list[dict[str, Any]] = []
     for name in config.blocks:
         for rounds in config.rounds:
             rows += measure(name, rounds, config)
             console.print(f"{name}, {rounds} rounds: measured")
             jax.clear_caches()
+        compiled += compiling(name, config)
     hardware = {
         "device": jax.devices()[0].device_kind,
         "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
@@ -315,12 +343,19 @@ def main(config: Config) -> None:
     counted = counting()
     config.output.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
-    results = {"config": settings, "hardware": hardware, "counting": counted, "rows": rows}
+    results = {"config": settings, "hardware": hardware, "counting": counted, "compiling": compiled, "rows": rows}
     (config.output / "operators.json").write_text(json.dumps(_rounded(results)))
     plot(rows, config.output / "operators.png")
     wide = Console(width=170, record=True)
     for direction in ("forward", "gradient"):
         wide.print(table(rows, direction))
+    for row in compiled:
+        few, many = row["median_s"]
+        low, high = row["many_to_few_interval"]
+        wide.print(
+            f"compiling {row['form']} of {row['block']}: {few:.3f} s at {row['rounds'][0]} rounds, {many:.3f} s at "
+            f"{row['rounds'][1]}, ratio {row['many_to_few']:.3f} [{low:.3f}, {high:.3f}]"
+        )
     wide.print(f"counting a training step of {counted['parameters'] / 1e9:.2f}B parameters: {counted['seconds']:.2f} s")
     (config.output / "operators.txt").write_text(wide.export_text())
     console.print(f"results in {config.output}")

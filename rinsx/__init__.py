@@ -5,8 +5,10 @@ from importlib.metadata import version
 
 from . import (
     adapters as adapters,
+    cache as cache,
     depth as depth,
     flops as flops,
+    generate as generate,
     gradient as gradient,
     injection as injection,
     models as models,

@@ -6,6 +6,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PyTree
 
+from ._handle import open
+
 
 class Lifted(eqx.Module):
     """A block that calls `fn` with its state, and of the side inputs only with those it was told to keep."""
@@ -16,7 +18,8 @@ class Lifted(eqx.Module):
     def __call__(self, state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         if missing := [name for name in self.keep if name not in kwargs]:
             raise TypeError(f"lift({self.fn!r}, keep={list(self.keep)}) was called without {', '.join(missing)}")
-        return self.fn(state, **{name: kwargs[name] for name in self.keep})
+        x, cache = open(state)
+        return cache.close(self.fn(x, **{name: kwargs[name] for name in self.keep}))
 
 
 def lift(fn: Callable[..., PyTree], keep: Sequence[str] = ()) -> Lifted:
@@ -37,7 +40,8 @@ def lift(fn: Callable[..., PyTree], keep: Sequence[str] = ()) -> Lifted:
 
     **Arguments:**
 
-    - `fn`: a function, or a module, from state to state. Arrays in a module are weights like any other. Arrays that a plain
+    - `fn`: a function, or a module, from state to state. In decoding it is given the next positions only, without the cache, so
+        it must act on each position alone. Arrays in a module are weights like any other. Arrays that a plain
         function closes over are none, and must not be differentiated where rounds are traced: make them side inputs.
     - `keep`: the names of the keyword side inputs that are passed on to `fn`.
 

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from ._policy import AbstractPolicy
 from .adapters import AbstractAdapter
 from .gradient import AbstractGradient
 from .start import AbstractStart
@@ -42,6 +43,7 @@ class Loop(eqx.Module):
     inject: Callable | None
     start: AbstractStart | Callable | None
     gradient: AbstractGradient | None
+    cache: AbstractPolicy | None
     max: int | None = eqx.field(static=True)
     on: Callable[[Any], PyTree] | None = eqx.field(static=True)
     unroll: bool | None = eqx.field(static=True)
@@ -56,6 +58,7 @@ class Loop(eqx.Module):
         inject: Callable | None = None,
         start: Callable | None = None,
         gradient: AbstractGradient | None = None,
+        cache: AbstractPolicy | None = None,
         on: Callable[[Any], PyTree] | None = None,
         unroll: bool | None = None,
         name: str | None = None,
@@ -65,13 +68,15 @@ class Loop(eqx.Module):
         - `rounds`: how many rounds, at least 1. A Python integer is compiled in; an integer scalar of JAX is a run-time value that
             runs in one executable.
         - `max`: the largest number of rounds that reverse mode can record when `rounds` is traced: it sizes the tape of
-            saved states. Not needed for inference, nor for Python integers.
+            saved states. Not needed for Python integers, nor for inference without a cache. A cache has slots for
+            so many rounds.
         - `adapter`: `(state, round) -> state`, one of [`rinsx.adapters`][] or your own; `round` counts from 0.
         - `inject`: `(state, input, round) -> state`, one of [`rinsx.injection`][] or your own; `input` is the state with which
             the loop was entered.
         - `start`: `(input, key) -> state`, one of [`rinsx.start`][] or your own: the state that the first round starts from.
             By default the loop's input, or zeros where `inject` brings the input in.
         - `gradient`: one of [`rinsx.gradient`][]; by default chosen with the form of the loop.
+        - `cache`: one of the policies of [`rinsx.cache`][]: which keys and values the rounds share. By default each has its own.
         - `on`: which part of the state `adapter`, `inject` and `start` act on, such as `lambda state: state.x`. By default
             all of it.
         - `unroll`: `True` repeats the program for every round, `False` rolls it into a loop. By default chosen
@@ -87,6 +92,8 @@ class Loop(eqx.Module):
                 raise TypeError(f"Loop({label}=...) is a function, got {option!r}")
         if not (gradient is None or isinstance(gradient, AbstractGradient)):
             raise TypeError(f"Loop(gradient=...) is one of rx.gradient, such as rx.gradient.Remat(), got {gradient!r}")
+        if not (cache is None or isinstance(cache, AbstractPolicy)):
+            raise TypeError(f"Loop(cache=...) is a policy of rx.cache, such as rx.cache.First(), got {cache!r}")
         if not (unroll is None or isinstance(unroll, bool)):
             raise TypeError(f"Loop(unroll=...) is True, False or None, got {unroll!r}")
         if on is not None and adapter is None and inject is None and start is None:
@@ -95,6 +102,7 @@ class Loop(eqx.Module):
         self.inject = inject
         self.start = start
         self.gradient = gradient
+        self.cache = cache
         self.max = max
         self.on = on
         self.unroll = unroll

@@ -8,13 +8,14 @@ tape of saved states at any degree.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from ._loop import check_limit, limit, Loop
+from ._cache import Layout
+from ._loop import check_limit, Loop
 from ._tree import Block, Node, Power
 
 
@@ -57,30 +58,43 @@ class Env(eqx.Module):
     kwargs: dict[str, PyTree]
     key: PyTree
     names: tuple[str, ...] = eqx.field(static=True)
+    # Of the cache that rides in the state, if there is one.
+    layout: Layout | None = eqx.field(static=True, default=None)
+
+
+class Lines(NamedTuple):
+    """The first slot of each block's next visit in a cache; that of the round before, and whether this round writes."""
+
+    first: tuple[Count, ...]
+    before: tuple[Count, ...] | None = None
+    writes: Any = True
 
 
 class Place(eqx.Module):
-    """Where a visit stands: how often each block was visited before and each loop entered, and its slot on the tape.
+    """Where a visit stands: how often each block was visited before and each loop entered, its slot on the tape, and
+    where it finds its keys and values in a cache.
 
-    All are affine in the rounds of the loops around, so nothing has to be counted while running.
+    The first three are affine in the rounds of the loops around, so nothing has to be counted while running.
     """
 
     visits: tuple[Count, ...]
     entries: tuple[Count, ...]
     slot: Count = 0
+    lines: Lines | None = None
 
     def after(self, tally: "Tally", times: Count = 1, slots: Count = 0) -> "Place":
-        """The place once `tally` has happened `times` times and `slots` slots have been used."""
+        """The place once `tally` has happened `times` times and `slots` slots of the tape have been used."""
         never = lambda count: isinstance(count, int) and count == 0
         add = lambda old, new: tuple(a if never(b) else a + times * b for a, b in zip(old, new))
-        return Place(add(self.visits, tally.visits), add(self.entries, tally.entries), self.slot + slots)
+        visits, entries = add(self.visits, tally.visits), add(self.entries, tally.entries)
+        return Place(visits, entries, self.slot + slots, self.lines)
 
     def entered(self, loop: int | None) -> "Place":
         """The place once loop number `loop` has been entered."""
         if loop is None:
             return self
         entries = tuple(count + (i == loop) for i, count in enumerate(self.entries))
-        return Place(self.visits, entries, self.slot)
+        return Place(self.visits, entries, self.slot, self.lines)
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,8 @@ def tally(node: Program, env: Env) -> Tally:
 
 def origin(env: Env) -> Place:
     """The place of the first visit."""
-    return Place((0,) * len(env.blocks), (0,) * len(env.loops))
+    lines = None if env.layout is None else Lines((0,) * len(env.blocks))
+    return Place((0,) * len(env.blocks), (0,) * len(env.loops), 0, lines)
 
 
 def is_static(node: Program, env: Env) -> bool:
@@ -219,26 +234,20 @@ class Builder:
 
         return walk(tree)
 
-    def env(self, args: tuple[PyTree, ...], kwargs: dict[str, Any]) -> Env:
+    def env(self, args: tuple[PyTree, ...], kwargs: dict[str, Any], layout: Layout | None = None) -> Env:
         key = kwargs.get("key")
         if key is not None:
             kwargs = {name: value for name, value in kwargs.items() if name != "key"}
-        loops = tuple(_in_range(loop) for loop in self.loops)
-        return Env(tuple(self.blocks), loops, args, kwargs, key, tuple(self.names))
+        loops = tuple(_as_count(loop) for loop in self.loops)
+        return Env(tuple(self.blocks), loops, args, kwargs, key, tuple(self.names), layout)
 
 
-def _in_range(loop: Loop) -> Loop:
-    """The loop with a number of rounds that is known to be possible: checked now, or when the program runs."""
+def _as_count(loop: Loop) -> Loop:
+    """The loop with a number of rounds to count with. A Python integer is checked now, a traced one by `_tape.py`."""
     if isinstance(loop.rounds, int):
         check_limit(loop)
         return loop
     rounds: Any = loop.rounds
     if jnp.iinfo(rounds.dtype).max > 2**31 - 1:
         rounds = eqx.error_if(rounds, rounds > 2**31 - 1, f"{loop.name} is more than 2**31 - 1 rounds")
-    rounds = jnp.asarray(rounds, jnp.int32)
-    most = limit(loop)
-    rounds = eqx.error_if(rounds, rounds < 1, f"{loop.name} must be at least 1 round")
-    if most is not None:
-        message = f"{loop.name} runs past its adapter, which has weights for {most} rounds"
-        rounds = eqx.error_if(rounds, rounds > most, message)
-    return eqx.tree_at(lambda loop: loop.rounds, loop, rounds)
+    return eqx.tree_at(lambda loop: loop.rounds, loop, jnp.asarray(rounds, jnp.int32))

@@ -8,7 +8,11 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._handle import Stream
+from ._lines import check_layout
 from ._loop import Loop, Rounds
+from ._new_cache import new_cache
+from ._policy import PerVisit
 from ._program import Builder, origin, Program
 from ._run import run
 from ._signature import Signature
@@ -52,8 +56,27 @@ class Recursion(eqx.Module):
         """
         builder = Builder()
         program = splice(self, builder)
-        env = builder.env(args, kwargs)
-        return run(program, as_state(state), origin(env), env)
+        state = as_state(state)
+        shares = [loop for loop in builder.loops if loop.cache is not None and not isinstance(loop.cache, PerVisit)]
+        if isinstance(state, Stream) or not shares:
+            return _run(program, builder, state, args, kwargs)
+        for loop in shares:
+            if not loop.cache.parallel:  # pyright: ignore[reportOptionalMemberAccess]
+                raise ValueError(
+                    f"{loop.name} has the policy {loop.cache}, which is sequential: it is defined token by token, with a cache of "
+                    "rx.cache.make. A forward pass of all positions, as in training, needs a parallel one, such as rx.cache.First()"
+                )
+        # Rounds share keys and values: a cache of this pass alone brings them from round to round.
+        side = {name: value for name, value in kwargs.items() if name != "key"}
+        cache = new_cache(builder, program, state, None, args, side, whole=True)
+        t: Any = cache.capacity
+        return _run(program, builder, Stream(state, cache.begin(t)), args, kwargs).x
+
+
+def _run(program: Program, builder: Builder, state: PyTree, args: tuple, kwargs: dict[str, Any]) -> PyTree:
+    env = builder.env(args, kwargs, state.cache.layout if isinstance(state, Stream) else None)
+    check_layout(program, env)
+    return run(program, state, origin(env), env)
 
 
 def splice(recursion: Recursion, builder: Builder, prefix: str = "") -> Program:

@@ -10,6 +10,7 @@ import jax.random as jr
 from jaxtyping import PyTree
 
 from . import _observe
+from ._handle import Stream
 from ._loop import Loop, Rounds as LoopRounds
 from ._program import Builder, opens, origin, Program, Rounds, Seq, tally, used, Visit
 from ._recur import bind, refuse_shared
@@ -106,6 +107,8 @@ class Slot(eqx.Module):
     index: int = eqx.field(static=True)
 
     def __call__(self, state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        if isinstance(state, Stream):
+            raise ValueError("a rewired model has no slots for a cache: it keeps its own, or none")
         heads, tails = self.rewired.edges(self.index)
         builder, _ = self.rewired.program()
         env = builder.env(args, kwargs)

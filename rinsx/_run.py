@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import _observe, _tape
+from ._lines import behind, finish, in_round, taken
 from ._program import (
     Env,
     is_static,
@@ -27,7 +28,7 @@ from ._program import (
 )
 from ._stack import Stack
 from ._unroll import unrolls
-from ._visit import apply, begin, Opening, stop_gradient
+from ._visit import apply, begin, Opening, stop_gradient, without_cache
 from .gradient import AbstractStorage, Full, Remat
 
 
@@ -56,7 +57,7 @@ def run(
     if isinstance(node, Seq):
         for part in node.parts:
             state = run(part, state, place, env, form, opening)
-            place = place.after(tally(part, env))
+            place = behind(place.after(tally(part, env)), part, env)
             opening = None
         return state
     if not is_static(node, env):
@@ -71,14 +72,15 @@ def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form)
     if loop is not None and loop.gradient is not None and loop.gradient.storage is not None:
         form = form._replace(storage=loop.gradient.storage)
     each = tally(node.body, env)
-    entry = state
+    entry = without_cache(state)
     inside = place.entered(node.loop)
     if node.first == 0:
         state = begin(node.loop, state, place, env)
 
     def one(env, entry, form, state, i):
         opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
-        return run(node.body, state, inside.after(each, i - node.first), env, form, opening)
+        at = in_round(inside.after(each, i - node.first), node, env, i)
+        return run(node.body, state, at, env, form, opening)
 
     def between(low, high, env, entry, state):
         if _observe.active():
@@ -97,17 +99,21 @@ def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form)
 
     last = last_of(node, env)
     if last is None or total <= last:
-        return between(node.first, total, env, entry, state)
+        return finish(between(node.first, total, env, entry, state), place, node, env, total)
     # What comes before the last rounds is made of constants, so that nothing of it is stored; stopping the gradient
     # of its result alone would still store it.
     start = max(total - last, node.first)
     state = between(node.first, start, stop_gradient(env), stop_gradient(entry), stop_gradient(state))
-    return between(start, total, env, entry, stop_gradient(state))
+    return finish(between(start, total, env, entry, stop_gradient(state)), place, node, env, total)
 
 
 def _unrolls(node: Rounds, rounds: int, state: PyTree, env: Env, form: Form) -> bool:
-    """Whether rounds of a loop are unrolled: as its options say, or as measures best."""
+    """Whether rounds of a loop are unrolled: as its cache demands, as its options say, or as measures best."""
     loop = loop_of(node, env)
+    if env.layout is not None and not env.layout.whole:
+        return any(
+            shelf is not None and shelf.separate and n for shelf, n in zip(env.layout.shelves, taken(node.body, env))
+        )
     if loop is not None and loop.unroll is not None:
         return loop.unroll
     depths = [block.depth if isinstance(block, Stack) else 1 for block in env.blocks]

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
+from ._handle import Stream
 from ._unroll import unrolls
 from ._visit import as_state, checked
 from .gradient import AbstractStorage, Full
@@ -37,7 +38,7 @@ class Stack(eqx.Module):
     """
 
     layers: PyTree
-    """One layer whose arrays have a first axis of length `depth`."""
+    """One layer whose arrays have a first axis of length `depth`; or a tuple of layers, once `apart` has been called."""
     depth: int = eqx.field(static=True)
     """How many layers there are."""
     gradient: AbstractStorage | None
@@ -88,22 +89,40 @@ class Stack(eqx.Module):
         storage = Full() if self.gradient is None else self.gradient
         state = as_state(state)
         unroll = unrolls(self.depth, state) if self.unroll is None else self.unroll
+        cached = isinstance(state, Stream)
+        if cached and not state.cache.whole:
+            unroll = state.cache.separate
         # What has no axis is not stacked: a number of rounds that was set for all layers at once.
         arrays, rest = eqx.partition(self.layers, lambda x: eqx.is_array(x) and x.ndim > 0)
         key = kwargs.get("key")
 
-        def layer(state, i, arrays):
+        def layer(state, i, arrays, rest):
             module: Any = eqx.combine(arrays, rest)
             more = kwargs if key is None else {**kwargs, "key": jr.fold_in(key, i)}
-            return checked(state, module(state, *args, **more), f"layer {type(module).__name__} of a stack")
+            given = Stream(state.x, state.cache.inside(i, self.depth)) if cached else state
+            after = checked(given, module(given, *args, **more), f"layer {type(module).__name__} of a stack")
+            return Stream(after.x, after.cache.outside(state.cache)) if cached else after
 
-        apply = storage.wrap(layer, rolled=not unroll)
+        if isinstance(self.layers, tuple):
+            apply = storage.wrap(layer, rolled=False)
+            for i in range(self.depth):
+                state = apply(state, i, arrays[i], rest[i])
+            return state
+        apply = storage.wrap(lambda state, i, arrays: layer(state, i, arrays, rest), rolled=not unroll)
         if unroll:
             for i in range(self.depth):
                 state = apply(state, i, jtu.tree_map(lambda x: x[i], arrays))
             return state
         step = lambda state, x: (apply(state, *x), None)
         return lax.scan(step, state, (jnp.arange(self.depth, dtype=jnp.int32), arrays))[0]
+
+    def apart(self) -> "Stack":
+        """The stack with each layer's arrays by themselves, unrolled: decoding reads them without cutting them out each time."""
+        if isinstance(self.layers, tuple):
+            return self
+        arrays, rest = eqx.partition(self.layers, lambda x: eqx.is_array(x) and x.ndim > 0)
+        layers = tuple(eqx.combine(jtu.tree_map(lambda x: x[i], arrays), rest) for i in range(self.depth))
+        return eqx.tree_at(lambda stack: stack.layers, self, layers)
 
     @staticmethod
     def make(

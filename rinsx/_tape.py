@@ -20,6 +20,8 @@ from jax import lax
 from jaxtyping import PyTree
 
 from ._declare import trips
+from ._lines import behind, finish, in_round
+from ._loop import limit
 from ._program import (
     Count,
     Env,
@@ -35,7 +37,7 @@ from ._program import (
     tally,
     Visit,
 )
-from ._visit import apply, begin, has_start, inexact, Opening
+from ._visit import apply, begin, has_start, inexact, Opening, without_cache
 from .gradient import Full
 
 
@@ -48,15 +50,15 @@ def run(node: Rounds, state: PyTree, place: Place, env: Env) -> PyTree:
 @eqx.filter_custom_vjp
 def _taped(diff, node, place):
     env, state = diff
-    return _forward(node, (state, None), place, env)[0]
+    return _forward(node, (state, None), place, _in_range(env, taped=False))[0]
 
 
 @_taped.def_fwd
 def _taped_fwd(perturbed, diff, node, place):
     del perturbed
     env, state = diff
-    env = _within_maximum(env)
-    start = Place(place.visits, place.entries, 0)
+    env = _in_range(env, taped=True)
+    start = dataclasses.replace(place, slot=0)
     # One slot at least, since a loop of no rounds is traced all the same. Broadcast, not zeros: it keeps the
     # sharding of the state, and works for PRNG keys.
     slots = max(_slots(node, env), 1)
@@ -71,7 +73,7 @@ def _taped_bwd(tape, grad, perturbed, diff, node, place):
     env_diff, env_rest = eqx.partition(env, perturbed[0])
     zero = lambda x, g: jnp.zeros_like(x) if g is None and x is not None else g
     grad = jtu.tree_map(zero, inexact(state), grad, is_leaf=lambda x: x is None)
-    start = Place(place.visits, place.entries, 0)
+    start = dataclasses.replace(place, slot=0)
     zeros = jtu.tree_map(jnp.zeros_like, env_diff)
     grad, grads, _ = _backward(node, grad, zeros, start, _Walk(env_diff, env_rest, tape), None)
     return grads, grad
@@ -109,18 +111,21 @@ def _forward(node: Program, carry: tuple[PyTree, PyTree], place: Place, env: Env
             inside = _skip(inside, 1)
     if node.first == 0:
         state = begin(node.loop, state, place, env)
+    entry = without_cache(entry)
 
     def one(carry, i):
         opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
-        at = inside.after(each, i - node.first, (i - (total - kept)) * slots)
+        at = in_round(inside.after(each, i - node.first, (i - (total - kept)) * slots), node, env, i)
         return _forward(node.body, carry, at, env, opening)
 
     last = last_of(node, env)
     if tape is None or last is None:
-        return _repeat(node, env, node.first, total, one, (state, tape), trips_of(node, env))
+        state, tape = _repeat(node, env, node.first, total, one, (state, tape), trips_of(node, env))
+        return finish(state, place, node, env, total), tape
     # Early rounds leave no trace: they run without the tape.
     state, _ = _repeat(node, env, node.first, total - kept, one, (state, None), trips_of(node, env, minus=last))
-    return _repeat(node, env, total - kept, total, one, (state, tape), trips_of(node, env, most=last))
+    state, tape = _repeat(node, env, total - kept, total, one, (state, tape), trips_of(node, env, most=last))
+    return finish(state, place, node, env, total), tape
 
 
 #
@@ -164,7 +169,7 @@ def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, openin
     def one(carry, j):
         grad, grads, grad_entry = carry
         i = total - 1 - j
-        at = inside.after(each, i - node.first, (kept - 1 - j) * slots)
+        at = in_round(inside.after(each, i - node.first, (kept - 1 - j) * slots), node, env, i)
         opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
         grad, grads, more = _backward(node.body, grad, grads, at, walk, opening)
         return grad, grads, _add(grad_entry, more)
@@ -302,11 +307,11 @@ def _slots(node: Program, env: Env) -> int:
 
 
 def _after(node: Program, place: Place, env: Env, recorded: bool) -> Place:
-    return place.after(tally(node, env), slots=_slots(node, env) if recorded else 0)
+    return behind(place.after(tally(node, env), slots=_slots(node, env) if recorded else 0), node, env)
 
 
 def _skip(place: Place, slots: int) -> Place:
-    return Place(place.visits, place.entries, place.slot + slots)
+    return dataclasses.replace(place, slot=place.slot + slots)
 
 
 def _write(tape: PyTree, slot: Count, state: PyTree) -> PyTree:
@@ -345,12 +350,33 @@ def _check(node: Program, env: Env) -> None:
         _check(node.body, env)
 
 
-def _within_maximum(env: Env) -> Env:
-    """The environment with every traced number of rounds checked against its maximum when the program runs."""
-    loops = list(env.loops)
-    for i, loop in enumerate(loops):
-        if loop is not None and not loop.static and loop.max is not None:
-            message = f"{loop.name} is more rounds than its max={loop.max}, for which its tape has room"
-            rounds: Any = eqx.error_if(loop.rounds, loop.rounds > loop.max, message)  # pyright: ignore
-            loops[i] = eqx.tree_at(lambda loop: loop.rounds, loop, rounds)
-    return dataclasses.replace(env, loops=tuple(loops))
+def _in_range(env: Env, taped: bool) -> Env:
+    """The environment with every traced number of rounds checked when the program runs.
+
+    In one check, since each is a call back to the host that holds up the program.
+    """
+    traced = [loop for loop in env.loops if loop is not None and not loop.static]
+    wrong, messages = [], []
+    for i, loop in enumerate(env.loops):
+        if loop is None or loop.static:
+            continue
+        rounds: Any = loop.rounds
+        most = limit(loop)
+        wrong.append(rounds < 1)
+        messages.append(f"{loop.name} must be at least 1 round")
+        if most is not None:
+            wrong.append(rounds > most)
+            messages.append(f"{loop.name} runs past its adapter, which has weights for {most} rounds")
+        if taped and loop.max is not None:
+            wrong.append(rounds > loop.max)
+            messages.append(f"{loop.name} is more rounds than its max={loop.max}, for which its tape has room")
+        slots = None if env.layout is None else env.layout.most[i]
+        if slots is not None:
+            wrong.append(rounds > slots)
+            messages.append(f"{loop.name} runs past its cache, which has slots for {slots} rounds")
+    every = jnp.stack(wrong)
+    rounds = [loop.rounds for loop in traced]
+    rounds = iter(eqx.branched_error_if(rounds, jnp.any(every), jnp.argmax(every), messages))
+    put = lambda loop: eqx.tree_at(lambda loop: loop.rounds, loop, next(rounds))
+    loops = tuple(loop if loop is None or loop.static else put(loop) for loop in env.loops)
+    return dataclasses.replace(env, loops=loops)

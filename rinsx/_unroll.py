@@ -6,8 +6,9 @@ from jaxtyping import PyTree
 
 
 # Measured on CPU (docs/results/operators.md): a loop of a few visits is fastest unrolled with everything stored, a longer one
-# only as long as what it stores stays in the cache. Beyond that, rolled with the input of each visit stored is as fast or
-# faster, many times smaller, and compiles in constant time.
+# only as long as what it stores is small: above 32 MiB the memory of a call is fresh from the system each time, page by
+# page. Beyond that, rolled with the input of each visit stored is as fast or faster, many times smaller, and compiles in
+# constant time.
 _FEW = 4
 _MANY = 16
 _CACHE = 2**20

@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import start as starts
+from ._cache import after_visit, at_visit
+from ._handle import Stream
 from ._program import Count, Env, Place, Visit
 
 
@@ -60,11 +62,20 @@ def stop_gradient(tree: PyTree) -> PyTree:
 
 
 def _on(loop, state: PyTree) -> PyTree:
+    if isinstance(state, Stream):
+        state = state.x
     return state if loop.on is None else loop.on(state)
 
 
 def _put(loop, state: PyTree, part: PyTree) -> PyTree:
+    if isinstance(state, Stream):
+        return Stream(_put(loop, state.x, part), state.cache)
     return part if loop.on is None else eqx.tree_at(loop.on, state, part)
+
+
+def without_cache(state: PyTree) -> PyTree:
+    """The state as it is kept while rounds run: an old cache that is kept could not be written in place."""
+    return Stream(state.x, None) if isinstance(state, Stream) else state
 
 
 def begin(loop_number: int | None, state: PyTree, place: Place, env: Env) -> PyTree:
@@ -99,7 +110,12 @@ def apply(node: Visit, state: PyTree, place: Place, env: Env, opening: Opening |
         kwargs = {**kwargs, "key": jr.fold_in(jr.fold_in(env.key, node.block), place.visits[node.block])}
     name = env.names[node.block]
     with jax.named_scope(name):
-        return checked(state, block(state, *env.args, **kwargs), f"block {name}")
+        if place.lines is None:
+            return checked(state, block(state, *env.args, **kwargs), f"block {name}")
+        first, before, writes = place.lines
+        before = None if before is None else before[node.block]
+        state = at_visit(state, node.block, first[node.block], before, writes)
+        return after_visit(checked(state, block(state, *env.args, **kwargs), f"block {name}"))
 
 
 def _open(state: PyTree, opening: Opening, env: Env) -> PyTree:

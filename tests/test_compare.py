@@ -161,7 +161,8 @@ def test_the_tuned_learning_rates_are_interior_for_every_arm():
 
 
 def command(output, *more):
-    small = "--width 16 --heads 2 --length 16 --tokens 6400 --windows 24 --points 2 --seeds 2 --learning-rate 0.02 --workers 1"
+    shape = "--width 16 --layers 2 --heads 2 --length 16"
+    small = f"{shape} --tokens 6400 --windows 24 --points 2 --seeds 2 --learning-rate 0.02 --workers 1"
     return [sys.executable, str(BENCHMARKS / "compute_matched.py"), *small.split(), "--output", str(output), *more]
 
 

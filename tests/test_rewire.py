@@ -22,7 +22,7 @@ class Layer(eqx.Module):
         self.linear = eqx.nn.Linear(6, 6, key=key)
 
     def __call__(self, x, *, key=None):
-        noise = 0 if key is None else 0.1 * jr.normal(key, x.shape)
+        noise = 0 if key is None else 0.1 * jr.uniform(key, x.shape)
         return x + jnp.tanh(self.linear(x)) + noise
 
 

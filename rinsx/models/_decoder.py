@@ -1,6 +1,7 @@
 """A decoder-only language model whose depth structure is a signature."""
 
 import dataclasses
+import functools as ft
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,13 +13,17 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._cache import Cache
 from .._check import at_least
+from .._converge import converge
+from .._handle import Stream
 from .._loop import Loop, Rounds
+from .._make_cache import make
 from .._recur import compose, Recursion
 from .._signature import Signature
 from .._stack import Stack
 from ..gradient import AbstractStorage
-from ..nn import cross_entropy, Embedding, Linear, RMSNorm, rotary, TransformerLayer
+from ..nn import cross_entropy, Embedding, Linear, RMSNorm, Rotary, rotary, TransformerLayer
 from ..nn._cross_entropy import logits_of
 
 
@@ -114,6 +119,7 @@ class DecoderLM(eqx.Module):
         split: Sequence[int] | None = None,
         gradient: AbstractStorage | None = None,
         unroll: bool | None = None,
+        windows: Mapping[str, int] | None = None,
         key: PRNGKeyArray,
         **loops: Loop | Rounds,
     ):
@@ -123,23 +129,32 @@ class DecoderLM(eqx.Module):
         - `signature`: the order in which blocks are visited; see [`rinsx.Signature`][].
         - `split`: how many layers each block has, in the order of `Signature.blocks`; by default equal shares.
         - `gradient`, `unroll`: of each [`rinsx.nn.Stack`][]: what is stored of a layer, and whether its layers are unrolled.
+        - `windows`: for blocks that attend to the last positions only, to how many: `{"A": 128}`. Their caches are that small.
         - `key`: for the weights.
         - `loops`: for each named exponent, a number of rounds or a [`rinsx.Loop`][] with adapter, injection, start and gradient.
 
         **Raises:**
 
-        `ValueError` where `split` does not add up to `config.layers`, or the layers cannot be shared equally.
+        `ValueError` where `split` does not add up to `config.layers`, or the layers cannot be shared equally, and where `windows`
+        names a block that the signature does not have.
         """
         signature = Signature(signature)
         split = _split(config.layers, signature, split)
         key_embedding, key_layers, key_head = jr.split(key, 3)
         hidden: Any = config.hidden
 
-        def layer(key):
+        windows = dict(windows or {})
+        if unknown := sorted(set(windows) - set(signature.blocks)):
+            raise ValueError(
+                f"`windows` names {', '.join(unknown)}, but {str(signature)!r} has {', '.join(signature.blocks)}."
+            )
+
+        def layer(window, key):
             return TransformerLayer(
                 config.width,
                 heads=config.heads,
                 kv_heads=config.kv_heads,
+                window=window,
                 hidden=hidden,
                 mlp=config.mlp,
                 # Each layer adds twice to the state.
@@ -151,7 +166,8 @@ class DecoderLM(eqx.Module):
         blocks, start = {}, 0
         for name, depth in zip(signature.blocks, split):
             keys_of_block = keys[start : start + depth]
-            blocks[name] = Stack.make(layer, depth, key=keys_of_block, gradient=gradient, unroll=unroll)
+            make = ft.partial(layer, windows.get(name))
+            blocks[name] = Stack.make(make, depth, key=keys_of_block, gradient=gradient, unroll=unroll)
             start += depth
         self.embedding = Embedding(config.vocab_size, config.width, key=key_embedding)
         self.body = compose(signature, blocks, **loops)
@@ -205,6 +221,96 @@ class DecoderLM(eqx.Module):
         state = _computing_in(dtype, self.body)(state, **context)
         with jax.named_scope("norm"):
             return self.norm(state)
+
+    def cache(self, batch: int, capacity: int, **options: Any) -> Cache:
+        """An empty cache for `decode`, for the depths that the loops of this model are bound to.
+
+        !!! example
+
+            ```python
+            import jax.numpy as jnp
+            import jax.random as jr
+            import rinsx as rx
+
+            model = rx.models.DecoderLM(rx.models.presets["nano"], "A^r B", r=3, key=jr.key(0))
+            cache = model.cache(1, 64)
+            hidden, cache = model.decode(jnp.array([[1, 2, 3]]), cache)
+            logits = model.logits(hidden[:, -1])  # of the fourth token
+            ```
+
+        **Arguments:**
+
+        - `batch`: how many sequences.
+        - `capacity`: how many positions there is room for.
+        - `options`: those of [`rinsx.cache.make`][].
+
+        **Returns:**
+
+        A [`rinsx.cache.Cache`][]. Under `jax.eval_shape` nothing is allocated.
+        """
+        config = self.config
+        x = jax.ShapeDtypeStruct((batch, 1, config.width), config.dtype)
+        turns = jax.ShapeDtypeStruct((batch, 1, config.width // config.heads // 2), jnp.float32)
+        turns = Rotary(turns, turns)  # pyright: ignore[reportArgumentType]
+        return make(self.body, x, capacity, rotary=turns, **options)
+
+    def decode(
+        self,
+        tokens: Tokens,
+        cache: Cache,
+        *,
+        counts: Int[Array, " batch"] | None = None,
+        until: Any = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch t width"], Cache]:
+        """The next tokens of each sequence: the same states as of a full forward pass, up to rounding.
+
+        **Arguments:**
+
+        - `tokens`: the next `t` tokens of each sequence.
+        - `cache`: of `cache`, or the one that the last call has returned.
+        - `counts`: how many of the `t` tokens are there, from the left; the rest is padding, and nothing of it is kept. By
+            default all.
+        - `until`: a [`rinsx.generate.Until`][]: run a loop for as many rounds as each sequence needs, one token at a time.
+        - `key`: for starts and blocks that draw random numbers.
+
+        **Returns:**
+
+        The normalised states, of which `logits` makes logits; and the cache.
+
+        **Raises:**
+
+        An error if the cache is full, or has no slots for so many rounds.
+        """
+        t = tokens.shape[1]
+        cache = cache.begin(t)
+        turns = rotary(cache.positions(t), self.config.width // self.config.heads, base=self.config.rope_base)
+        dtype = jnp.dtype(self.config.dtype)
+        with jax.named_scope("embedding"):
+            x = self.embedding(tokens).astype(dtype)
+        context = {"rotary": turns} if key is None else {"rotary": turns, "key": key}
+        body, state = _computing_in(dtype, self.body), Stream(x, cache)
+        if until is None:
+            state = body(state, **context)
+        else:
+            if t != 1:
+                raise ValueError(f"rounds are run until they converge one token at a time; got {t} tokens.")
+            state = converge(body, state, until, lambda x: self.logits(self.norm(x[:, -1])), **context)
+        with jax.named_scope("norm"):
+            return self.norm(state.x), state.cache.advance(t if counts is None else counts)
+
+    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """The head applied to what `decode` or `hidden` has returned: logits of the next token, in float32."""
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        with jax.named_scope("head"):
+            return logits_of(flat, self._head()).reshape(*hidden.shape[:-1], -1)
+
+    def apart(self) -> "DecoderLM":
+        """The same model, ready to be called many times: matrices in the dtype of the layers, each layer's by itself."""
+        body = _computing_in(jnp.dtype(self.config.dtype), self.body)
+        split = lambda node: node.apart() if isinstance(node, Stack) else node
+        blocks = {name: split(block) for name, block in body.blocks.items()}
+        return eqx.tree_at(lambda model: model.body.blocks, self, blocks)
 
     def loss(self, batch: Mapping[str, Array], key: PRNGKeyArray | None = None) -> tuple[Scalar, Scalar]:
         """The loss of a batch, as [`rinsx.train`][] wants it: `DecoderLM.loss` is a function of a model, a batch and a key.

@@ -7,6 +7,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._handle import open
 from ._attention import Attention
 from ._linear import Linear, RMSNorm
 
@@ -92,6 +93,7 @@ class TransformerLayer(eqx.Module):
         *,
         heads: int,
         kv_heads: int | None = None,
+        window: int | None = None,
         hidden: int,
         mlp: Literal["swiglu", "gelu"] = "swiglu",
         scale: float = 1.0,
@@ -99,36 +101,32 @@ class TransformerLayer(eqx.Module):
     ):
         """**Arguments:**
 
-        - `width`, `heads`, `kv_heads`: see [`rinsx.nn.Attention`][].
+        - `width`, `heads`, `kv_heads`, `window`: see [`rinsx.nn.Attention`][].
         - `hidden`, `mlp`: size and kind, see [`rinsx.nn.MLP`][].
         - `scale`: of the weights of the two maps that write to the state.
         - `key`: for the weights.
         """
         keys = jr.split(key)
         self.attention_norm = RMSNorm(width)
-        self.attention = Attention(width, heads=heads, kv_heads=kv_heads, scale=scale, key=keys[0])
+        self.attention = Attention(width, heads=heads, kv_heads=kv_heads, window=window, scale=scale, key=keys[0])
         self.mlp_norm = RMSNorm(width)
         self.mlp = MLP(width, hidden, kind=mlp, scale=scale, key=keys[1])
 
-    def __call__(
-        self,
-        x: Float[Array, "batch t width"],
-        *,
-        key: PRNGKeyArray | None = None,
-        **context: Any,
-    ) -> Float[Array, "batch t width"]:
+    def __call__(self, state: Any, *, key: PRNGKeyArray | None = None, **context: Any) -> Any:
         """**Arguments:**
 
-        - `x`: the state.
+        - `state`: of shape `[batch, t, width]`, or such a state with a cache.
         - `key`: accepted, as of every block, and not used.
         - `context`: `rotary` and `segments`, see [`rinsx.nn.Attention`][].
 
         **Returns:**
 
-        An array like `x`.
+        A state like `state`.
         """
         del key
+        x, cache = open(state)
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), **context)
+            added, cache = open(self.attention(cache.close(self.attention_norm(x)), **context))
+            x = x + added
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x))
+            return cache.close(x + self.mlp(self.mlp_norm(x)))

@@ -1,0 +1,269 @@
+"""Generated text is what the model says, token by token, however it is batched, streamed, stopped or drafted."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.stats
+
+import rinsx as rx
+
+from ._naive_decoder import decode as naive
+
+
+G = rx.generate
+VOCAB, STEPS = 11, 6
+CONFIG = rx.models.DecoderConfig(VOCAB, 8, 2, 2, kv_heads=1, hidden=16, tied=False, context=8, dtype="float32")
+PROMPTS = jr.randint(jr.key(9), (3, 4), 0, VOCAB)
+LENGTHS = jnp.array([4, 2, 3])
+GREEDY = G.Sampler(temperature=0)
+
+
+def model_of(signature="A^r B", **options):
+    model = rx.models.DecoderLM(CONFIG, signature, key=jr.key(0), **options)
+    # Layers that do more than at the start, so that a round matters, and text is not one token for ever.
+    blocks = jax.tree.map(lambda w: 3 * w if w.ndim == 3 else w, model.body.blocks)
+    model = eqx.tree_at(lambda m: m.body.blocks, model, blocks)
+    return eqx.tree_at(lambda m: m.head.weight, model, replace_fn=lambda w: 2 * w)
+
+
+MODEL = model_of(r=3)
+
+
+def continued(model, prompt, steps, r=3, read=lambda i, r: i if r is None else min(i, r - 1)):
+    """The greedy continuation, from the whole text again for every token."""
+    text = list(map(int, prompt))
+    log_probs = []
+    for _ in range(steps):
+        logits = naive(model, text, [r] * len(text), read)[-1]
+        text.append(int(logits.argmax()))
+        log_probs.append(logits.max() - np.log(np.sum(np.exp(logits - logits.max()))) - logits.max())
+    return text[len(prompt) :], log_probs
+
+
+def test_greedy_text_and_its_log_probabilities():
+    out = G.tokens(MODEL, PROMPTS, lengths=LENGTHS, steps=STEPS, sampler=GREEDY)
+    for b, n in enumerate(LENGTHS.tolist()):
+        tokens, log_probs = continued(MODEL, PROMPTS[b, :n], STEPS)
+        assert out.tokens[b].tolist() == tokens
+        np.testing.assert_allclose(out.log_probs[b], log_probs, atol=1e-4)
+    assert out.lengths.tolist() == [STEPS] * 3 and out.rounds is None
+    # Token by token, with rounds that are set by the call; and from prompts with padding on the left.
+    shallow = rx.with_rounds(MODEL, r=1)
+    parts = G.stream(shallow, PROMPTS, lengths=LENGTHS, steps=STEPS, sampler=GREEDY, rounds={"r": 3})
+    assert jnp.stack([part.tokens for part in parts], 1).tolist() == out.tokens.tolist()
+    left = jnp.stack([jnp.roll(row, -int(n)) for row, n in zip(PROMPTS, LENGTHS)])
+    prompts, lengths = G.to_right(left, jnp.arange(4) >= 4 - LENGTHS[:, None])
+    assert G.tokens(MODEL, prompts, lengths=lengths, steps=STEPS, sampler=GREEDY).tokens.tolist() == out.tokens.tolist()
+
+
+def test_a_sequence_depends_on_its_own_key_alone():
+    sampler = G.Sampler(temperature=0.8, top_k=7, top_p=0.9, repetition_penalty=1.2)
+    keys = jr.split(jr.key(3), 3)
+    generate = lambda prompts, lengths, keys: G.tokens(
+        MODEL, prompts, lengths=lengths, steps=STEPS, sampler=sampler, key=keys, capacity=16
+    )
+    together = generate(PROMPTS, LENGTHS, keys)
+    for b in (0, 2):
+        alone = generate(PROMPTS[b : b + 1], LENGTHS[b : b + 1], keys[b : b + 1])
+        assert alone.tokens[0].tolist() == together.tokens[b].tolist()
+    again = generate(PROMPTS, LENGTHS, keys)
+    assert again.tokens.tolist() == together.tokens.tolist()
+    other = generate(PROMPTS, LENGTHS, jr.split(jr.key(4), 3))
+    assert other.tokens.tolist() != together.tokens.tolist()
+
+
+def test_what_is_drawn_has_the_models_distribution():
+    n = 3000
+    sampler = G.Sampler(temperature=1.5)
+    out = G.tokens(MODEL, jnp.broadcast_to(PROMPTS[:1], (n, 4)), steps=1, sampler=sampler, key=jr.key(1))
+    p = np.asarray(jax.nn.softmax(MODEL(PROMPTS[:1])[0, -1] / 1.5), np.float64)
+    assert chi_square(out.tokens[:, 0], p) > 1e-4
+
+
+def chi_square(drawn, p):
+    """The p-value of what was drawn, rare outcomes put together."""
+    counts = np.bincount(np.asarray(drawn), minlength=len(p))
+    rare = p * counts.sum() < 5
+    put = lambda x: np.append(x[~rare], x[rare].sum()) if rare.any() else x
+    wanted = put(p * counts.sum())
+    if rare.any() and wanted[-1] == 0:
+        return 1.0 if put(counts)[-1] == 0 else 0.0
+    return scipy.stats.chisquare(put(counts), wanted * counts.sum() / wanted.sum()).pvalue
+
+
+def test_stop_tokens_end_a_sequence():
+    free = G.tokens(MODEL, PROMPTS, lengths=LENGTHS, steps=STEPS, sampler=GREEDY)
+    stop = [int(free.tokens[0, 2]), int(free.tokens[1, 0])]
+    out = G.tokens(MODEL, PROMPTS, lengths=LENGTHS, steps=STEPS, sampler=GREEDY, stop=stop)
+    for b in range(3):
+        ends = [i for i, token in enumerate(free.tokens[b].tolist()) if token in stop]
+        n = ends[0] + 1 if ends else STEPS
+        assert int(out.lengths[b]) == n
+        assert out.tokens[b].tolist() == free.tokens[b, :n].tolist() + [0] * (STEPS - n)
+        assert not out.log_probs[b, n:].any()
+    parts = list(G.stream(MODEL, PROMPTS[1:2], lengths=LENGTHS[1:2], steps=STEPS, sampler=GREEDY, stop=stop))
+    assert len(parts) == 1 and bool(parts[0].done[0])
+
+
+CRITERIA = [G.StateChange(0.4), G.KL(0.02), G.EntropyChange(0.02)]
+
+
+def states_of(model, text, r, converged):
+    """The rounds that the last token takes, by running rounds one by one: those before it took `r`."""
+    before = None
+    for i in range(1, 6):
+        rounds = [*r, i]
+        logits = naive(model, text, rounds, lambda i, r: i if r is None else min(i, r - 1))[-1]
+        if before is not None and converged(before, logits):
+            return i, logits
+        before = logits
+    return 5, before
+
+
+@pytest.mark.parametrize("criterion", CRITERIA[1:])
+def test_until_predictions_converge(criterion):
+    out = G.tokens(MODEL, PROMPTS[:1], steps=4, sampler=GREEDY, rounds=G.Until(criterion, most=5))
+    text, r = PROMPTS[0].tolist(), [5] * 4
+    assert int(out.rounds[0, 0]) == 5
+    converged = lambda a, b: bool(criterion(jnp.asarray(a)[None], jnp.asarray(b)[None])[0])
+    for i in range(3):
+        text.append(int(out.tokens[0, i]))
+        used, logits = states_of(MODEL, text, r, converged)
+        assert int(out.rounds[0, i + 1]) == used
+        assert int(out.tokens[0, i + 1]) == int(logits.argmax())
+        r.append(used)
+    assert len(set(r)) > 1
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_converging_does_not_depend_on_the_batch(criterion):
+    rounds = G.Until(criterion, least=2, most=6)
+    run = lambda b: G.tokens(MODEL, PROMPTS[b], lengths=LENGTHS[b], steps=STEPS, sampler=GREEDY, rounds=rounds)
+    together = run(slice(0, 3))
+    for b in range(3):
+        alone = run(slice(b, b + 1))
+        assert alone.tokens[0].tolist() == together.tokens[b].tolist()
+        assert alone.rounds[0].tolist() == together.rounds[b].tolist()
+    assert 2 <= int(together.rounds[:, 1:].min()) < int(together.rounds[:, 1:].max())
+
+
+def test_work_is_saved_once_all_have_converged():
+    # A block that counts its visits on the host.
+    calls = []
+
+    class Counted(eqx.Module):
+        layer: rx.nn.TransformerLayer
+
+        def __call__(self, state, *, key=None, **context):
+            jax.debug.callback(lambda: calls.append(1))
+            return self.layer(state, **context)
+
+    model = eqx.tree_at(lambda m: m.body.blocks["A"].layers, MODEL, replace_fn=Counted)
+    out = G.tokens(model, PROMPTS, steps=3, sampler=GREEDY, rounds=G.Until(G.StateChange(0.4), most=40))
+    jax.effects_barrier()
+    # The prompt runs all rounds, each later token as many as the slowest of the batch.
+    assert len(calls) == 40 + int(out.rounds[:, 1:].max(axis=0).sum())
+    assert int(out.rounds[:, 1:].max()) < 40
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("policy", [None, rx.cache.First()])
+def test_speculation_is_the_deep_models_greedy_text(ahead, policy):
+    model = model_of(r=rx.Loop(3, cache=policy))
+    want = G.tokens(model, PROMPTS, lengths=LENGTHS, steps=8, sampler=GREEDY)
+    got = G.speculate(model, PROMPTS, lengths=LENGTHS, steps=8, sampler=GREEDY, draft={"r": 1}, ahead=ahead)
+    assert got.tokens.tolist() == want.tokens.tolist()
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
+    assert got.lengths.tolist() == [8] * 3
+    assert np.all((0 <= got.accepted) & (got.accepted <= got.drafted))
+    # A draft by the deep model itself always stands.
+    same = G.speculate(model, PROMPTS, lengths=LENGTHS, steps=8, sampler=GREEDY, draft={"r": 3}, ahead=ahead)
+    assert same.tokens.tolist() == want.tokens.tolist() and same.accepted.tolist() == same.drafted.tolist()
+    assert int(same.passes) == -(-7 // (ahead + 1))
+    stop = [int(want.tokens[0, 3])]
+    want = G.tokens(model, PROMPTS, lengths=LENGTHS, steps=8, sampler=GREEDY, stop=stop)
+    got = G.speculate(model, PROMPTS, lengths=LENGTHS, steps=8, sampler=GREEDY, stop=stop, draft={"r": 1}, ahead=ahead)
+    assert got.tokens.tolist() == want.tokens.tolist() and got.lengths.tolist() == want.lengths.tolist()
+
+
+def test_speculation_draws_from_the_deep_model():
+    n, sampler = 4000, G.Sampler(temperature=1.3, top_k=6)
+    prompts = jnp.broadcast_to(PROMPTS[:1], (n, 4))
+    out = G.speculate(MODEL, prompts, draft={"r": 1}, ahead=2, steps=3, sampler=sampler, key=jr.key(5))
+    assert 0.05 < float(out.accepted.sum() / out.drafted.sum()) < 0.95
+    # The second and third token, given those before, for the commonest of them.
+    first = np.bincount(np.asarray(out.tokens[:, 0])).argmax()
+    of_first = np.asarray(out.tokens)[np.asarray(out.tokens[:, 0]) == first]
+    second = np.bincount(of_first[:, 1]).argmax()
+    of_second = of_first[of_first[:, 1] == second]
+    probs = lambda text: np.exp(np.asarray(sampler.log_probs(MODEL(jnp.array([text]))[0, -1]), np.float64))
+    text = PROMPTS[0].tolist()
+    assert chi_square(of_first[:, 1], probs([*text, int(first)])) > 1e-4
+    assert chi_square(of_second[:, 2], probs([*text, int(first), int(second)])) > 1e-4
+    # The shallow model is another: the test would have seen it.
+    shallow = rx.with_rounds(MODEL, r=1)
+    wrong = sampler.log_probs(shallow(jnp.array([[*text, int(first)]]))[0, -1])
+    assert chi_square(of_first[:, 1], np.exp(np.asarray(wrong, np.float64))) < 1e-4
+
+
+def test_sequential_policies_run_a_prompt_token_by_token():
+    model = model_of(r=rx.Loop(3, cache=rx.cache.Last()))
+    read = lambda i, r: i if r is None else r - 1
+    out = G.tokens(model, PROMPTS, lengths=LENGTHS, steps=4, sampler=GREEDY)
+    for b, n in enumerate(LENGTHS.tolist()):
+        assert out.tokens[b].tolist() == continued(model, PROMPTS[b, :n], 4, read=read)[0]
+    # At once it is an approximation: the prompt's own tokens are those of a model that shares nothing.
+    at_once = G.tokens(model, PROMPTS, steps=1, sampler=GREEDY, prefill="parallel")
+    plain = G.tokens(MODEL, PROMPTS, steps=1, sampler=GREEDY)
+    np.testing.assert_allclose(at_once.log_probs, plain.log_probs, atol=1e-5)
+    with pytest.raises(ValueError, match="sequential cache policy"):
+        G.speculate(model, PROMPTS, draft={"r": 1}, steps=2, sampler=GREEDY)
+
+
+def test_prompts_longer_than_a_piece_of_a_window():
+    model = model_of(r=2, windows={"A": 3})
+    prompts = jr.randint(jr.key(1), (2, 150), 0, VOCAB)
+    out = G.tokens(model, prompts, lengths=[150, 131], steps=2, sampler=GREEDY)
+    for b, n in enumerate((150, 131)):
+        logits = model(prompts[b : b + 1, :n])[0, -1]
+        assert int(out.tokens[b, 0]) == int(logits.argmax())
+
+
+def test_a_sweep_is_the_loss_at_each_depth():
+    batch = {"tokens": PROMPTS, "targets": PROMPTS[:, ::-1]}
+    got = G.sweep(MODEL, rx.models.DecoderLM.loss, batch, [1, 2, 5])
+    for r, loss in zip((1, 2, 5), got):
+        total, weight = rx.with_rounds(MODEL, r=r).loss(batch)
+        np.testing.assert_allclose(loss, total / weight, rtol=1e-5)
+
+
+def test_what_is_refused():
+    tokens = lambda **options: G.tokens(MODEL, PROMPTS, **{"steps": 2, "sampler": GREEDY, **options})
+    with pytest.raises(ValueError, match="`steps` must be an integer of at least 1; got 0"):
+        tokens(steps=0)
+    with pytest.raises(ValueError, match=r"`lengths` are from 1 to 4.*got \[4, 0, 2\]"):
+        tokens(lengths=[4, 0, 2])
+    with pytest.raises(ValueError, match=r"one number for each of 3 prompts; got shape \[2\]"):
+        tokens(lengths=[4, 2])
+    with pytest.raises(ValueError, match="`capacity` is 5 positions, but a prompt of 4, 2 steps need 6"):
+        tokens(capacity=5)
+    with pytest.raises(ValueError, match="give key="):
+        tokens(sampler=G.Sampler())
+    with pytest.raises(ValueError, match=r"one for each of 3 sequences; got shape \[2\]"):
+        tokens(key=jr.split(jr.key(0), 2))
+    with pytest.raises(ValueError, match="at most `most`; got least=4 and most=2"):
+        G.Until(G.KL(0.1), least=4, most=2)
+    with pytest.raises(ValueError, match="`tolerance` must be positive; got 0"):
+        G.KL(0)
+    with pytest.raises(ValueError, match="no loop of this model is named q"):
+        tokens(rounds=G.Until(G.KL(0.1), most=2, loop="q"))
+    with pytest.raises(ValueError, match=r"prompts are integers \[batch, p\].*float32\[3, 4\]"):
+        G.tokens(MODEL, jnp.ones((3, 4)), steps=1, sampler=GREEDY)
+    nested = model_of("(A^r B)^2", r=2)
+    with pytest.raises(ValueError, match="no loop around it"):
+        G.tokens(nested, PROMPTS, steps=2, sampler=GREEDY, rounds=G.Until(G.KL(0.1), most=2))
+    with pytest.raises(ValueError, match="no repetition penalty"):
+        G.speculate(MODEL, PROMPTS, draft={"r": 1}, steps=2, sampler=G.Sampler(repetition_penalty=1.1), key=jr.key(0))
