@@ -27,6 +27,8 @@ class Arm:
     rounds: int | None = None
     options: Literal["plain", "latent", "adapter"] = "plain"
     stochastic: bool = False
+    cache: str = "per visit"
+    """Which keys and values the rounds share, as `policy` reads it."""
 
 
 ARMS = {
@@ -52,8 +54,33 @@ MEANINGS = {
 }
 
 
+def policy(text: str) -> rx.cache.AbstractPolicy:
+    """The policy of a name: "per visit", "first", "every 2", "last 1", with any number."""
+    kind, _, number = text.partition(" ")
+    numbered = {"every": rx.cache.Every, "last": rx.cache.Last}
+    if kind in numbered and number.isdecimal():
+        return numbered[kind](int(number))
+    plain = {"per visit": rx.cache.PerVisit, "first": rx.cache.First}
+    if text not in plain:
+        raise ValueError(f'a policy is "per visit", "first", "every K" or "last K"; got {text!r}')
+    return plain[text]()
+
+
 def arm(text: str) -> Arm:
-    """The arm of that name, or that of any signature: without names for exponents it is trained as it stands; else as `r=2`."""
+    """The arm of that name, or that of any signature: without names for exponents it is trained as it stands; else as `r=2`.
+
+    What follows a comma is the policy of its cache: "A^3 B, first".
+    """
+    text, comma, shared = text.partition(", ")
+    if comma:
+        base = arm(text)
+        if base.rounds is None:
+            raise ValueError(f"{text!r} has no loop whose number of rounds is named, so no policy; got {shared!r}")
+        if not policy(shared).parallel:
+            raise ValueError(
+                f"{shared!r} is a sequential policy: it is defined token by token, and cannot be trained under"
+            )
+        return dataclasses.replace(base, name=f"{text}, {shared}", cache=shared)
     if text in ARMS:
         return ARMS[text]
     signature = rx.Signature(text)
@@ -128,6 +155,8 @@ def build(arm: Arm, setting: Setting, key: Any) -> rx.models.DecoderLM:
             )
             options = {"adapter": adapter}
         # Everything is stored: no arm is charged for computing a state twice.
+        if arm.cache != "per visit":
+            options["cache"] = policy(arm.cache)
         loops["r"] = rx.Loop(arm.rounds, max=most, gradient=rx.gradient.Full(), unroll=True, **options)
     return rx.models.DecoderLM(
         setting.config, signature, split=split, gradient=rx.gradient.Full(), unroll=True, key=key, **loops
@@ -254,7 +283,11 @@ def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> float:
 def identity(arm: Arm, setting: Setting, seed: int, rate: float, fingerprint: str) -> str:
     """The name of a run: equal where everything that decides its result is, wherever the data lies."""
     relevant = {**dataclasses.asdict(setting), "cache": None, "corpus": None, "elsewhere": None}
-    told = [dataclasses.asdict(arm), relevant, seed, rate, fingerprint, rx.__version__, jax.__version__]
+    what = dataclasses.asdict(arm)
+    if arm.cache == "per visit":
+        # Runs from before there were policies keep their names.
+        del what["cache"]
+    told = [what, relevant, seed, rate, fingerprint, rx.__version__, jax.__version__]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -278,8 +311,9 @@ def train(
     checkpoints: pathlib.Path | None,
     every: int,
     tuning: bool,
+    keep: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Trains one arm with one seed, and evaluates it; the result is plain JSON."""
+    """Trains one arm with one seed, and evaluates it; the result is plain JSON. The trained model goes to `keep`, if given."""
     begin = time.perf_counter()
     data = load(setting)
     steps = row["steps"]
@@ -327,6 +361,12 @@ def train(
     if run.stopped:
         raise SystemExit(f"stopped by {run.stopped}; start again to continue")
     trained = time.perf_counter() - begin
+    if keep is not None:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        staged = keep.with_suffix(".new")
+        with staged.open("wb") as file:
+            eqx.tree_serialise_leaves(file, eqx.filter(run.model, eqx.is_array))
+        staged.replace(keep)
     depths = None if arm.rounds is None else tuple(sorted({*setting.depths, arm.rounds}))
     found = evaluator(run.model, depths if not tuning else at)
     ((nats, size)) = found[arm.rounds]

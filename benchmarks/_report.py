@@ -46,7 +46,7 @@ class Live:
         part = sum(worker.seen.get("fraction") or 0 for worker in workers if worker.job is not None)
         worked = done - self.at_start + part
         left = (total - done - part) * (now - self.begin) / worked if worked > 0 else math.nan
-        table = Table(title=f"{done} of {total} runs, {_minutes(now - self.begin)} passed, {_minutes(left)} left")
+        table = Table(title=f"{done} of {total} runs, {minutes(now - self.begin)} passed, {minutes(left)} left")
         for column in ("arm", "seed", "done", "loss, nats", "tokens/s", "GFLOP/s"):
             table.add_column(column, justify="left" if column == "arm" else "right")
         for worker in workers:
@@ -139,9 +139,11 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
         scale(setting, results),
     ]
     console = Console(width=None if Console().is_terminal else 200)
-    console.print(_rich("At the trained depth", header, rows))
+    console.print(rich_table("At the trained depth", header, rows))
     console.print(
-        _rich("Bits per byte by rounds at evaluation (* as trained)", ["arm", *(f"r={d}" for d in deep)], depth_rows)
+        rich_table(
+            "Bits per byte by rounds at evaluation (* as trained)", ["arm", *(f"r={d}" for d in deep)], depth_rows
+        )
     )
     if setting.elsewhere:
         other = np.array([[r["elsewhere"] for r in by_arm[name]] for name in names])
@@ -150,52 +152,64 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
             [name, f"{x.mean():.4f}", "" if i == 0 else f"{(x - other[0]).mean():+.4f} ± {apart:.4f}"]
             for i, (name, x) in enumerate(zip(names, other))
         ]
-        console.print(_rich("Text from elsewhere", ["arm", "bits/byte", f"less {names[0]}"], elsewhere))
+        console.print(rich_table("Text from elsewhere", ["arm", "bits/byte", f"less {names[0]}"], elsewhere))
     else:
         elsewhere = []
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"wall time {_minutes(wall)}; written to {options.output}", highlight=False)
+    console.print(f"wall time {minutes(wall)}; written to {options.output}", highlight=False)
 
     record = {
-        "command": "python " + " ".join(_names((arg,))[0] if "/" in arg else arg for arg in sys.argv),
-        "machine": _machine(),
-        "setting": {
-            **setting.__dict__,
-            "cache": None,
-            "corpus": _names(setting.corpus),
-            "elsewhere": _names(setting.elsewhere),
-        },
-        "plan": {
-            row.name: {"steps": row.steps, "tokens": row.tokens, "total": float(row.total)} for row in planned.rows
-        },
-        "budget": float(planned.budget),
+        **record_of(setting, planned, results, wall),
         "deviation": deviation,
         "smallest_visible": visible,
         "differences": {
             name: {"mean": d.mean, "half": d.half, "windows": d.windows, "verdict": d.verdict}
             for name, d in zip(names, found)
         },
-        "runs": [{k: v for k, v in r.items() if k != "windows"} for r in results],
-        "wall": wall,
     }
     (options.output / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
-    parts = [_markdown(header, rows), _markdown(["arm", *(f"r={d}" for d in deep)], depth_rows)]
+    parts = [markdown(header, rows), markdown(["arm", *(f"r={d}" for d in deep)], depth_rows)]
     if elsewhere:
-        parts.append(_markdown(["arm", "elsewhere, bits/byte", f"less {names[0]}"], elsewhere))
+        parts.append(markdown(["arm", "elsewhere, bits/byte", f"less {names[0]}"], elsewhere))
     (options.output / "results.md").write_text("\n\n".join([*parts, "\n".join(lines)]) + "\n", "utf-8")
     plot(options.output / "loss.png", names, by_arm, visible)
 
 
-def scale(setting: Any, results: list[Any]) -> str:
+def record_of(setting: Any, planned: Any, results: list[Any], wall: float) -> dict[str, Any]:
+    """What was run, on what, and what each run gave."""
+    return {
+        "command": "python " + " ".join(ends((arg,))[0] if "/" in arg else arg for arg in sys.argv),
+        "machine": hardware(),
+        "setting": {
+            **setting.__dict__,
+            "cache": None,
+            "corpus": ends(setting.corpus),
+            "elsewhere": ends(setting.elsewhere),
+        },
+        "plan": {
+            row.name: {"steps": row.steps, "tokens": row.tokens, "total": float(row.total)} for row in planned.rows
+        },
+        "budget": float(planned.budget),
+        "runs": [{k: v for k, v in r.items() if k != "windows"} for r in results],
+        "wall": wall,
+    }
+
+
+PAPER = (
+    "The paper's effect is of 300M parameters and more, trained far longer: a run of this size shows the method of the "
+    "comparison, and neither confirms nor refutes the claim."
+)
+
+
+def scale(setting: Any, results: list[Any], claim: str = PAPER) -> str:
     """In one line, what the size of the run lets it say."""
     baseline = results[0]
     ratio = baseline["tokens"] / baseline["parameters"]
     size, tokens = baseline["parameters"] / 1e6, baseline["tokens"] / 1e6
     return (
         f"What it can show: {size:.2g}M parameters, {tokens:.3g}M tokens for the baseline ({ratio:.0f} a parameter, "
-        f"{baseline['epochs']:.2g} epochs). The paper's effect is of 300M parameters and more, trained far longer: "
-        "a run of this size shows the method of the comparison, and neither confirms nor refutes the claim."
+        f"{baseline['epochs']:.2g} epochs). {claim}"
     )
 
 
@@ -211,7 +225,9 @@ def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> No
         if best[name] in (grid[0], grid[-1]):
             edges.append(name)
         rows.append([name, *(f"{losses[rate]:.4f}{'*' if rate == best[name] else ''}" for rate in grid)])
-    Console().print(_rich("Bits per byte by learning rate (* best)", ["arm", *(f"{rate:g}" for rate in grid)], rows))
+    Console().print(
+        rich_table("Bits per byte by learning rate (* best)", ["arm", *(f"{rate:g}" for rate in grid)], rows)
+    )
     if edges:
         print(f"the best of {', '.join(edges)} is at an end of the grid: widen --grid")
     sweep = {
@@ -219,8 +235,8 @@ def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> No
             name: getattr(setting, name)
             for name in ("optimizer", "width", "layers", "heads", "length", "batch", "tokens")
         },
-        "corpus": _names(setting.corpus) or ["standard library"],
-        "machine": _machine(),
+        "corpus": ends(setting.corpus) or ["standard library"],
+        "machine": hardware(),
         "losses": {name: {f"{rate:g}": losses[rate] for rate in grid} for name, losses in table.items()},
         "best": best,
         "interior": not edges,
@@ -253,7 +269,7 @@ def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: flo
     plt.close(figure)
 
 
-def _machine() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     import jax
 
     devices = jax.devices()
@@ -261,7 +277,7 @@ def _machine() -> dict[str, Any]:
     return {**told, "device": f"{len(devices)} x {devices[0].device_kind}"}
 
 
-def _names(paths: tuple[str, ...]) -> list[str]:
+def ends(paths: tuple[str, ...]) -> list[str]:
     # Only the ends of paths: where a machine keeps its data is no part of a result.
     return ["/".join(path.replace("\\", "/").split("/")[-2:]) for path in paths]
 
@@ -270,11 +286,11 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None or math.isnan(value) else format(value, form)
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     return "?" if math.isnan(seconds) else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _rich(title: str, header: list[str], rows: list[list[str]]) -> Table:
+def rich_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < 1 or name == "" else "right", no_wrap=True)
@@ -283,6 +299,6 @@ def _rich(title: str, header: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
     line = lambda cells: "| " + " | ".join(cells) + " |"
     return "\n".join([line(header), line(["---"] * len(header)), *(line(row) for row in rows)])

@@ -37,7 +37,8 @@ class Options:
         "A B^2 C latent",
         "A^r B stochastic",
     )
-    """Names of arms, or any signatures, such as "A^4 B". The first is the baseline and sets the budget."""
+    """Names of arms, or any signatures, such as "A^4 B"; behind a comma the policy of the cache, as in "A^3 B, first". The
+    first is the baseline and sets the budget."""
     preset: str | None = None
     """Take width, layers, heads and length from a preset of rx.models.presets; the vocabulary is bytes always."""
     width: int = 48
@@ -130,7 +131,8 @@ def rates(options: Options, setting: Any, names: list[str]) -> dict[str, float]:
         shown = {name: near[name] for name in ("width", "layers", "length", "batch", "tokens")}
         print(f"learning rates were tuned at {shown}, not at these shapes: --tune does it for these")
     usual = sorted(near["best"].values())[len(near["best"]) // 2]
-    return {name: near["best"].get(name, usual) for name in names}
+    # An arm with a policy learns at the rate of the arm that shares nothing.
+    return {name: near["best"].get(name, near["best"].get(name.partition(", ")[0], usual)) for name in names}
 
 
 #
@@ -179,6 +181,7 @@ def work() -> None:
                 checkpoints=checkpoints,
                 every=job["every"],
                 tuning=job["tuning"],
+                keep=None if job["keep"] is None else pathlib.Path(job["keep"]),
             )
         except Exception as error:
             answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
@@ -257,6 +260,7 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
                         "checkpoints": folder,
                         "every": options.save_every or 1000,
                         "tuning": options.tune,
+                        "keep": None,
                         "name": name,
                     }
                 )

@@ -108,8 +108,9 @@ class Cache(eqx.Module):
         if self.written is None:
             return cache
         # What a position was written for before it was given back stands no more.
-        clear = lambda w: _write(w, jnp.zeros((*w.shape[:-1], t), bool), 0, self, None, -1)
-        return dataclasses.replace(cache, written=tuple(None if w is None else clear(w) for w in self.written))
+        clear = lambda w, block: _write(w, jnp.zeros((*w.shape[:-1], t), bool), 0, self, block, -1)
+        written = tuple(None if w is None else clear(w, block) for block, w in enumerate(self.written))
+        return dataclasses.replace(cache, written=written)
 
     def advance(self, counts: int | Int[Array, "*batch"]) -> "Cache":
         """The cache once `counts` more positions of each sequence are filled."""
@@ -420,8 +421,9 @@ def _start(cache: Cache) -> Array:
     return cache.length[0] if cache.layout.aligned and cache.length.ndim else cache.length
 
 
-def _ring(cache: Cache, block: int | None) -> int | None:
-    shelf = None if block is None else cache.layout.shelves[block]
+def _ring(cache: Cache, block: int) -> int | None:
+    """How many positions a ring has, for a block with a window."""
+    shelf = cache.layout.shelves[block]
     return None if shelf is None or shelf.window is None else shelf.positions
 
 
@@ -430,7 +432,7 @@ def _rank(axis: int) -> int:
     return 4 if axis == -2 else 2
 
 
-def _write(buffer: Array, x: Array, slot: Any, cache: Cache, block: int | None, axis: int) -> Array:
+def _write(buffer: Array, x: Array, slot: Any, cache: Cache, block: int, axis: int) -> Array:
     """`x` written at `slot` and the next positions of each sequence; positions are axis `axis`."""
     ring, start = _ring(cache, block), _start(cache)
     t = x.shape[axis]
@@ -452,7 +454,7 @@ def _write(buffer: Array, x: Array, slot: Any, cache: Cache, block: int | None, 
     return jax.vmap(one, in_axes=(0, 0, None, 0 if start.ndim else None))(buffer, x, slot, start)
 
 
-def _read(buffer: Array, slot: Any, count: int, cache: Cache, block: int | None, t: int, axis: int = -2) -> Array:
+def _read(buffer: Array, slot: Any, count: int, cache: Cache, block: int, t: int, axis: int = -2) -> Array:
     """What stands at the next `t` positions of each sequence, in `count` slots."""
     ring, start = _ring(cache, block), _start(cache)
 

@@ -156,7 +156,8 @@ def test_windows(separate):
     dictionary = naive(model, PROMPT[0].tolist(), [2] * TOKENS, READ["per visit"][1])
     np.testing.assert_allclose(want[0], dictionary, rtol=1e-4, atol=1e-4)
     for sizes, piece, chunk in (((1,) * 7, 1, 128), ((2, 2, 1, 2), 2, 128), ((2, 1, 2, 2), 2, 2)):
-        cache = model.cache(2, TOKENS, separate=separate, piece=piece, chunk=chunk)
+        unfilled = "fill" if separate else "mask"
+        cache = model.cache(2, TOKENS, separate=separate, piece=piece, chunk=chunk, unfilled=unfilled)
         got, _ = decoded(model, cache, PROMPT, sizes)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     # The window is what its slots have room for, however long the text.
