@@ -157,6 +157,8 @@ def build(arm: Arm, setting: Setting, key: Any) -> rx.models.DecoderLM:
         # Everything is stored: no arm is charged for computing a state twice.
         if arm.cache != "per visit":
             options["cache"] = policy(arm.cache)
+            # It is evaluated deeper than it is trained, and a cache has slots for so many rounds.
+            most = max(most, *setting.depths)
         loops["r"] = rx.Loop(arm.rounds, max=most, gradient=rx.gradient.Full(), unroll=True, **options)
     return rx.models.DecoderLM(
         setting.config, signature, split=split, gradient=rx.gradient.Full(), unroll=True, key=key, **loops

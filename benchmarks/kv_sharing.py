@@ -2,13 +2,14 @@
 
     python benchmarks/kv_sharing.py
 
-trains, on the text of Python's standard library and with three seeds each, the plain model `A B`; `A^3 B` with a slot of the cache
-for each visit; and `A^3 B` under each parallel policy of `rx.cache`, as it runs. The model that was trained with a slot
-for each visit is then run under policies that it was not trained for: parallel ones, and sequential ones, which are defined token by token.
-It takes some minutes on two cores, and writes a table, a plot and a JSON of results into `outputs/kv_sharing`. Interrupted, it goes on where it was.
+trains, on the text of Python's standard library and with three seeds each, the plain model `A B`; `A^3 B` with a slot of the
+cache for each visit; and `A^3 B` under each parallel policy of `rx.cache`, as it runs. The model that was trained with a slot for
+each visit is then run under policies that it was not trained for: parallel ones, and sequential ones, which are defined token
+by token. It takes some minutes on two cores, and writes a table, a plot and a JSON of results into `outputs/kv_sharing`.
+Interrupted, it goes on where it was.
 
-The options are those of `compute_matched.py`. Of `--arms`, the first is the plain model and sets the budget, the second has a slot for
-each visit, and the others are the second under a policy.
+The options are those of `compute_matched.py`, but for `--tune` and `--elsewhere`. Of `--arms`, the first is the plain model and
+sets the budget, the second has a slot for each visit, and the others are the second under a policy.
 """
 
 import dataclasses
@@ -17,10 +18,26 @@ import math
 import os
 import pathlib
 import time
+from _statistics import differences
 from typing import Any
 
+import _report
 import compute_matched
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib
+import numpy as np
 import tyro
+from _arms import arm as arm_of, bits_per_byte, build, Evaluator, load, policy
+from rich.console import Console
+
+import rinsx as rx
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 DEFAULT = compute_matched.Options(
@@ -35,16 +52,14 @@ CLAIM = "Whether rounds can share keys and values in a large model, trained far 
 #
 
 
+@eqx.filter_jit
 def measure(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Decodes windows token by token, all at once, and their first half at once with the rest token by token.
 
-    Each result has one number for each window: `nats` of all its targets; and for windows of a single document (`single`), the largest and
-    mean difference of log-probabilities from token by token: at once (`prompt`), and behind a half that was run at once (`behind`),
-    with the nats and bytes of that second half.
+    Each result has one number for each window: `nats` of all its targets; and for windows of a single document (`single`) the
+    largest and mean difference of log-probabilities from token by token: at once (`prompt`), and behind a half that was run at
+    once (`behind`), with the nats and bytes of that second half.
     """
-    import jax
-    import jax.numpy as jnp
-
     rows, length = batch["tokens"].shape
     half = length // 2
     empty = model.cache(rows, length, chunk=length, trusted=True)
@@ -88,12 +103,6 @@ def measure(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 def at_inference(options: Any, setting: Any, arm: Any, job: dict[str, Any], name: str) -> dict[str, Any]:
     """The loss under one policy of the model that one run has trained; kept on disk."""
-    import equinox as eqx
-    import jax
-    import jax.random as jr
-    import numpy as np
-    from _arms import bits_per_byte, build, Evaluator, load, policy
-
     path = options.output / "at_inference" / f"{job['name']}-{name.replace(' ', '-')}.json"
     if path.exists():
         return json.loads(path.read_text("utf-8"))
@@ -105,7 +114,7 @@ def at_inference(options: Any, setting: Any, arm: Any, job: dict[str, Any], name
     if policy(name).parallel and name != "per visit":
         ((nats, sizes),) = evaluator(model, (arm.rounds,)).values()
     else:
-        parts = [jax.device_get(_measure(model, batch)) for batch in evaluator.batches]
+        parts = [jax.device_get(measure(model, batch)) for batch in evaluator.batches]
         told = jax.tree.map(lambda *x: np.concatenate(x)[: evaluator.number].astype(np.float64), *parts)
         nats, sizes, single = told["nats"], told["bytes"], told["single"] > 0
         apart = lambda x: {"max": float(np.max(x["max"][single])), "mean": float(np.mean(x["mean"][single]))}
@@ -129,24 +138,8 @@ def at_inference(options: Any, setting: Any, arm: Any, job: dict[str, Any], name
     return found
 
 
-def _measure(model: Any, batch: Any) -> Any:
-    import equinox as eqx
-
-    global _measure
-    _measure = eqx.filter_jit(measure)
-    return _measure(model, batch)
-
-
 def costs(arm: Any, setting: Any) -> tuple[int, int]:
     """Bytes of keys and values for each token, and the contractions that decode a token whose cache is as long as a window."""
-    import equinox as eqx
-    import jax
-    import jax.numpy as jnp
-    import jax.random as jr
-    from _arms import build
-
-    import rinsx as rx
-
     model = eqx.filter_eval_shape(build, arm, setting, jr.key(0))
     # One array for each slot: what rounds do not write is then known when the program is compiled, and not computed.
     cache = eqx.filter_eval_shape(lambda m: m.cache(1, setting.length, chunk=setting.length, separate=True), model)
@@ -173,10 +166,6 @@ class Row:
 
 def rows_of(arms: list[Any], results: list[Any], inference: dict[str, list[dict[str, Any]]]) -> list[Row]:
     """All lines. Trained arms share one interval; the others have each their own, since what is not trained spreads otherwise."""
-    from _statistics import differences
-
-    import numpy as np
-
     by_arm = [sorted((r for r in results if r["arm"] == arm.name), key=lambda r: r["seed"]) for arm in arms]
 
     def compared(groups, baseline):
@@ -196,10 +185,6 @@ def report(
     options: Any, setting: Any, planned: Any, results: list[Any], rows: list[Row], control: list[Any], wall: float
 ) -> None:
     """Prints and writes what was found."""
-    import _report
-    import numpy as np
-    from rich.console import Console
-
     plain, visits = rows[0], rows[1]
     cost = [costs(row.arm, setting) for row in rows]
     loss = [float(np.mean([r["bits_per_byte"] for r in row.runs])) for row in rows]
@@ -209,7 +194,7 @@ def report(
         "cache bytes/token",
         "of plain",
         "MFLOPs/token, training",
-        "decoding",
+        "MFLOPs/token, decoding",
         "tokens",
         "bits/byte",
         "less per visit",
@@ -243,7 +228,7 @@ def report(
         "prompt at once",
     ]
     at_once = [at_once_row(row.label, row.runs) for row in told]
-    exact = control[0].get("at_once")
+    exact = [r["at_once"]["prompt"]["max"] for r in control if "at_once" in r]
     gap = max(
         abs(a["bits_per_byte"] - b["bits_per_byte"])
         for a, b in zip(control, sorted(visits.runs, key=lambda r: r["seed"]))
@@ -251,18 +236,14 @@ def report(
     lines = [
         f"{rows[1].arm.name} under policies of its cache, {plain.arm.name} beside it; {len(visits.runs)} seeds, "
         f"{len(visits.runs[0]['windows']['bytes'])} windows of held-out text of {setting.length} bytes; lower is better.",
-        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference. It is pooled over the trained "
-        "models; at inference only, each policy has its own.",
-        f"The smallest difference that this run could have seen between trained models is {visits.difference.half:.4f} bits per byte; below "
-        "it nothing is decided.",
+        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference, and the smallest that this run "
+        "could have seen. Its deviation is pooled over trained models; at inference only, each policy has its own.",
+        f"The smallest difference that this run could have seen between trained models is {visits.difference.half:.4f} bits per "
+        "byte; below it nothing is decided.",
         f"The standard error of a difference over windows, apart from that, is up to {max(r.difference.windows for r in rows):.4f}.",
-        "Decoding one token with a slot for each visit is checked against the forward pass: "
+        "Decoding token by token with a slot for each visit is checked against the forward pass: "
         f"their losses differ by up to {gap:.1e} bits per byte"
-        + (
-            f", log-probabilities by up to {exact['prompt']['max']:.1e} from those of a window at once."
-            if exact
-            else "."
-        ),
+        + (f", log-probabilities by up to {max(exact):.1e} from those of a window at once." if exact else "."),
         _report.scale(setting, results, CLAIM),
     ]
     console = Console(width=None if Console().is_terminal else 200)
@@ -298,8 +279,6 @@ def report(
 
 def at_once_row(label: str, runs: list[dict[str, Any]]) -> list[str]:
     """What it changes to run a prompt at once: the largest difference over seeds, and means."""
-    import numpy as np
-
     found = [r["at_once"] for r in runs]
     mean = lambda part, key: float(np.mean([x[part][key] for x in found]))
     cells = []
@@ -310,11 +289,6 @@ def at_once_row(label: str, runs: list[dict[str, Any]]) -> list[str]:
 
 def plot(path: Any, rows: list[Row], sizes: list[int], losses: list[float]) -> None:
     """Loss against the bytes of the cache, with the intervals of differences to a slot for each visit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for row, size, loss in zip(rows, sizes, losses):
         color = "tab:blue" if row.trained else "tab:orange"
@@ -322,7 +296,9 @@ def plot(path: Any, rows: list[Row], sizes: list[int], losses: list[float]) -> N
         axes.errorbar(
             size, loss, half, fmt="o", color=color, markerfacecolor=color if row.trained else "none", capsize=3
         )
-        axes.annotate(row.label, (size, loss), xytext=(7, 3), textcoords="offset points", fontsize=8, color=color)
+        # Trained or not, a policy has the same bytes: one name below, one above.
+        place = (7, -10 if row.trained else 4)
+        axes.annotate(row.label, (size, loss), xytext=place, textcoords="offset points", fontsize=8, color=color)
     axes.set(xlabel="bytes of keys and values for each token", ylabel="held-out bits per byte")
     axes.set_title("equal training FLOPs; blue: trained so, orange: at inference only", fontsize=10)
     axes.margins(x=0.15)
@@ -335,15 +311,11 @@ def main() -> None:
     """The command."""
     options = tyro.cli(compute_matched.Options, default=DEFAULT, description=__doc__)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import _report
-    from _arms import arm
-
     begin = time.perf_counter()
-    arms = [arm(text) for text in options.arms]
-    if options.tune:
-        raise SystemExit(
-            "--tune is of compute_matched.py: an arm with a policy learns at the rate of the arm that shares nothing"
-        )
+    arms = [arm_of(text) for text in options.arms]
+    if options.tune or options.elsewhere:
+        # An arm with a policy learns at the rate of the arm that shares nothing.
+        raise SystemExit("--tune and --elsewhere are for compute_matched.py, which takes the same arms")
     shared = [dataclasses.replace(a, name=arms[1].name, cache=arms[1].cache) for a in arms[1:]] if len(arms) > 1 else []
     if not shared or any(a != arms[1] for a in shared) or arms[1].cache != "per visit" or arms[1].rounds is None:
         raise SystemExit(

@@ -113,12 +113,26 @@ class Cache(eqx.Module):
         return dataclasses.replace(cache, written=written)
 
     def advance(self, counts: int | Int[Array, "*batch"]) -> "Cache":
-        """The cache once `counts` more positions of each sequence are filled."""
+        """The cache once `counts` more positions of each sequence are filled, at most as many as this forward pass has."""
+        t = self.tokens()
+        if isinstance(counts, int):
+            if not 0 <= counts <= t:
+                raise ValueError(f"`counts` are from 0 to {t}, the positions of this forward pass; got {counts}")
+        elif not self.layout.trusted:
+            message = f"`counts` are from 0 to {t}, the positions of this forward pass"
+            counts = eqx.error_if(counts, (counts < 0) | (counts > t), message)
         return dataclasses.replace(self, length=self.length + jnp.asarray(counts, jnp.int32), t=None)
 
     def rewind(self, length: Int[Array, "*batch"]) -> "Cache":
-        """The cache with only the first `length` positions of each sequence."""
-        return dataclasses.replace(self, length=jnp.asarray(length, jnp.int32))
+        """The cache with only the first `length` positions of each sequence.
+
+        Behind a window, of what is given back at most `piece` positions may be written since.
+        """
+        length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), self.length.shape)
+        if not self.layout.trusted:
+            message = "a cache is rewound to at most what is filled"
+            length = eqx.error_if(length, (length < 0) | (length > self.length), message)
+        return dataclasses.replace(self, length=length)
 
     def positions(self, t: int) -> Int[Array, "*batch t"]:
         """The positions of the next `t` tokens of each sequence."""
@@ -166,6 +180,7 @@ class Line(AbstractHandle):
     known: tuple[Known | Array, Known | Array, Known | Array]
     block: int = eqx.field(static=True)
     width: int = eqx.field(static=True)
+    appended: bool = eqx.field(static=True, default=False)
 
     @staticmethod
     def of(cache: Cache, block: int, width: int, slot: Any, before: Any, writes: Any) -> "Line":
@@ -211,6 +226,19 @@ class Line(AbstractHandle):
         """The handle that `base` stands for, once a layer inside has returned this one."""
         return dataclasses.replace(base, cache=self.cache)
 
+    def done(self, what: str) -> "Line":
+        """The handle as it was given, once a layer has returned it; an error if that layer has lost what it appended."""
+        if self.width and not self.appended:
+            raise ValueError(
+                f"{what} attends, and returned its state with a handle from before that: return cache.close(x), with "
+                "the `cache` that attend or append has returned"
+            )
+        return dataclasses.replace(self, appended=False)
+
+    def all_done(self) -> "Line":
+        """The handle of a stack whose layers are all done."""
+        return dataclasses.replace(self, appended=True)
+
     def attend(self, q, k, v, *, segments=None, window=None):
         layout = self.cache.layout
         if self.width == 0:
@@ -241,8 +269,9 @@ class Line(AbstractHandle):
         t = self.cache.tokens()
         if k.shape[-2] != t:
             raise ValueError(f"this forward pass has {t} positions, and a block appends keys of {k.shape[-2]}")
+        line = dataclasses.replace(self, appended=True)
         if self.writes is False:
-            return self
+            return line
         keys, values = self.cache.keys[self.block], self.cache.values[self.block]
         old = self.cache.written
         if shelf.separate:
@@ -270,7 +299,7 @@ class Line(AbstractHandle):
         cache = dataclasses.replace(
             self.cache, keys=put_in(self.cache.keys, keys), values=put_in(self.cache.values, values), written=old
         )
-        return dataclasses.replace(self, cache=cache)
+        return dataclasses.replace(line, cache=cache)
 
     def _alive(self):
         """Whether each sequence writes here, `[*batch, 1, 1]`."""
@@ -392,13 +421,18 @@ def at_visit(state: PyTree, block: int, slot: Any, before: Any, writes: Any) -> 
     return Stream(state.x, Line.of(state.cache, block, shelf.width, slot, before, writes))
 
 
-def after_visit(state: PyTree) -> PyTree:
-    """The state as loops carry it."""
-    if not (isinstance(state, Stream) and isinstance(state.cache, Line)):
+def handed_back(state: PyTree, what: str) -> PyTree:
+    """The state that a block or a layer has returned, as it was given; an error if it has lost the cache."""
+    if not isinstance(state, Stream):
         raise ValueError(
-            "a block was given a state with a cache and returned one without: return cache.close(x), with the `cache` that "
-            "attend has returned"
+            f"{what} was given a state with a cache and returned one without: return cache.close(x), with the `cache` "
+            "that attend has returned"
         )
+    return Stream(state.x, state.cache.done(what))
+
+
+def after_visit(state: Stream) -> Stream:
+    """The state as loops carry it."""
     return Stream(state.x, state.cache.cache)
 
 

@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from ._handle import Stream
-from ._lines import behind, check_layout, finish, in_round
+from ._lines import behind, check_layout, finish, in_round, most_of
+from ._loop import limit
 from ._program import Builder, opens, origin, Rounds, Seq, sequence, tally
 from ._recur import Recursion, splice
 from ._run import run
@@ -49,6 +50,16 @@ def converge(
     env = builder.env(args, kwargs, state.cache.layout)
     check_layout(program, env)
 
+    loop: Any = env.loops[node.loop]
+    for what, most in (
+        ("cache, which has slots for", most_of(node, env)),
+        ("adapter, which has weights for", limit(loop)),
+    ):
+        if most is not None and until.most > most:
+            raise ValueError(
+                f"{loop.name} may run {until.most} rounds, past its {what} {most}: give Until a smaller most="
+            )
+
     place = origin(env)
     state = as_state(state)
     for part in parts[:number]:
@@ -60,7 +71,7 @@ def converge(
     beyond = behind(place.after(tally(node, env)), node, env)
 
     def round_(state, i):
-        opening = Opening(node.loop, i, entry) if opens(env.loops[node.loop]) else None
+        opening = Opening(node.loop, i, entry) if opens(loop) else None
         return run(node.body, state, in_round(inside.after(each, i), node, env, i), env, opening=opening)
 
     def after_loop(state):

@@ -1,5 +1,6 @@
 """A loop: one exponent of a signature with its options, and the number of its rounds as a choice at run time."""
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -208,3 +209,43 @@ def with_rounds(model: PyTree, **rounds: Rounds) -> PyTree:
         known = f"its loops are named {', '.join(sorted(names))}" if names else "it has no named loop"
         raise ValueError(f"no loop of this model is named {', '.join(unknown)}: {known}")
     return out
+
+
+def with_policy(model: PyTree, **policies: AbstractPolicy | None) -> PyTree:
+    """Returns the model with the named loops set to new cache policies; the weights are the same arrays.
+
+    !!! example
+
+        ```python
+        import jax.random as jr
+        import rinsx as rx
+
+        model = rx.models.DecoderLM(rx.models.presets["nano"], "A^r B", r=3, key=jr.key(0))
+        cheap = rx.cache.with_policy(model, r=rx.cache.First())
+        ```
+
+    **Arguments:**
+
+    - `model`: any pytree with loops inside.
+    - `policies`: for each name of a loop, a policy of [`rinsx.cache`][], or `None` for one slot a visit.
+
+    **Returns:**
+
+    A model like `model`. What it computes is what it was trained for only if it was trained under the same policies.
+
+    **Raises:**
+
+    `ValueError` for a name that no loop has.
+    """
+    names = {loop.name for loop in loops_of(model)}
+    if unknown := sorted(set(policies) - names):
+        known = ", ".join(sorted(name for name in names if name is not None)) or "none"
+        raise ValueError(f"no loop of this model is named {', '.join(unknown)}: its loops are {known}")
+    put = lambda loop: dataclasses.replace(loop, cache=policies[loop.name]) if loop.name in policies else loop
+    return map_loops(put, model)
+
+
+def loops_of(model: PyTree) -> list[Loop]:
+    """All loops of a model."""
+    leaves = jtu.tree_leaves(model, is_leaf=lambda node: isinstance(node, Loop))
+    return [leaf for leaf in leaves if isinstance(leaf, Loop)]

@@ -11,7 +11,7 @@ from ._recur import Recursion, splice
 
 
 def make(
-    recursion: Recursion,
+    recursion: Any,
     x: PyTree,
     capacity: int | None,
     *args: Any,
@@ -72,6 +72,10 @@ def make(
 
     `ValueError` if no block attends, if one attends more than once a visit, and if a loop has no maximum.
     """
+    if not isinstance(recursion, Recursion):
+        raise TypeError(
+            f"a cache is made for what rx.compose, rx.recur or rx.chain have made; got a {type(recursion).__name__}"
+        )
     builder = Builder()
     program = splice(recursion, builder)
     return new_cache(

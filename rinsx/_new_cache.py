@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._cache import Cache, Layout, Shelf
+from ._cache import Cache, handed_back, Layout, Shelf
 from ._check import at_least
 from ._handle import AbstractHandle, Stream
 from ._lines import policy_of, taken
@@ -148,6 +148,12 @@ class _Listener(AbstractHandle):
     def outside(self, base):
         return base
 
+    def done(self, what):
+        return self
+
+    def all_done(self):
+        return self
+
     def append(self, k, v, *, window=None):
         *batch, groups, t, key_dim = k.shape
         if self.counts:
@@ -175,7 +181,10 @@ class _Listener(AbstractHandle):
 def _ask(block: Any, name: str, x: PyTree, args: tuple, kwargs: dict[str, Any]) -> _Kept | None:
     """What a block keeps at each visit, from tracing it once, without its key."""
     notes = _Notes()
-    listen = lambda block, x, args, kwargs: block(Stream(x, _Listener(notes)), *args, **kwargs).x
+
+    def listen(block, x, args, kwargs):
+        return handed_back(block(Stream(x, _Listener(notes)), *args, **kwargs), f"block {name}").x
+
     try:
         eqx.filter_eval_shape(listen, block, x, args, kwargs)
     except Exception as error:

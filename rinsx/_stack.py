@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
+from ._cache import handed_back
 from ._handle import Stream
 from ._unroll import unrolls
 from ._visit import as_state, checked
@@ -99,22 +100,28 @@ class Stack(eqx.Module):
         def layer(state, i, arrays, rest):
             module: Any = eqx.combine(arrays, rest)
             more = kwargs if key is None else {**kwargs, "key": jr.fold_in(key, i)}
-            given = Stream(state.x, state.cache.inside(i, self.depth)) if cached else state
-            after = checked(given, module(given, *args, **more), f"layer {type(module).__name__} of a stack")
-            return Stream(after.x, after.cache.outside(state.cache)) if cached else after
+            what = f"layer {type(module).__name__} of a stack"
+            if not cached:
+                return checked(state, module(state, *args, **more), what)
+            given = Stream(state.x, state.cache.inside(i, self.depth))
+            after = checked(given, handed_back(module(given, *args, **more), what), what)
+            return Stream(after.x, after.cache.outside(state.cache))
+
+        def out(state):
+            return Stream(state.x, state.cache.all_done()) if cached else state
 
         if isinstance(self.layers, tuple):
             apply = storage.wrap(layer, rolled=False)
             for i in range(self.depth):
                 state = apply(state, i, arrays[i], rest[i])
-            return state
+            return out(state)
         apply = storage.wrap(lambda state, i, arrays: layer(state, i, arrays, rest), rolled=not unroll)
         if unroll:
             for i in range(self.depth):
                 state = apply(state, i, jtu.tree_map(lambda x: x[i], arrays))
-            return state
+            return out(state)
         step = lambda state, x: (apply(state, *x), None)
-        return lax.scan(step, state, (jnp.arange(self.depth, dtype=jnp.int32), arrays))[0]
+        return out(lax.scan(step, state, (jnp.arange(self.depth, dtype=jnp.int32), arrays))[0])
 
     def apart(self) -> "Stack":
         """The stack with each layer's arrays by themselves, unrolled: decoding reads them without cutting them out each time."""

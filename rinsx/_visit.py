@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import start as starts
-from ._cache import after_visit, at_visit
+from ._cache import after_visit, at_visit, handed_back
 from ._handle import Stream
 from ._program import Count, Env, Place, Visit
 
@@ -115,7 +115,8 @@ def apply(node: Visit, state: PyTree, place: Place, env: Env, opening: Opening |
         first, before, writes = place.lines
         before = None if before is None else before[node.block]
         state = at_visit(state, node.block, first[node.block], before, writes)
-        return after_visit(checked(state, block(state, *env.args, **kwargs), f"block {name}"))
+        after = handed_back(block(state, *env.args, **kwargs), f"block {name}")
+        return after_visit(checked(state, after, f"block {name}"))
 
 
 def _open(state: PyTree, opening: Opening, env: Env) -> PyTree:

@@ -6,6 +6,7 @@ code meets plain attention.
 
 from ._cache import Cache as Cache
 from ._handle import AbstractHandle as AbstractHandle, open as open, Plain as Plain, Stream as Stream
+from ._loop import with_policy as with_policy
 from ._make_cache import make as make
 from ._policy import (
     AbstractPolicy as AbstractPolicy,

@@ -304,6 +304,15 @@ class Forgetful(eqx.Module):
         return x
 
 
+class Stale(eqx.Module):
+    attention: rx.nn.Attention
+
+    def __call__(self, state, *, key=None):
+        _, before = rx.cache.open(state)
+        x, _ = rx.cache.open(self.attention(state))
+        return before.close(x)
+
+
 def test_what_is_refused():
     attention = rx.nn.Attention(WIDTH, heads=2, key=jr.key(0))
     x = jnp.ones((1, 1, WIDTH))
@@ -318,8 +327,21 @@ def test_what_is_refused():
     body = rx.recur(attention, 2)
     cache = rx.cache.make(body, x, 4)
     state = rx.cache.Stream(x, cache.begin(1))
-    with pytest.raises(ValueError, match="must keep the structure"):
-        rx.recur(Forgetful(attention), 2)(state)
+    for block, message in ((Forgetful, "returned one without"), (Stale, "a handle from before that")):
+        with pytest.raises(ValueError, match=f"block A .*{message}"):
+            rx.recur(block(attention), 2)(state)
+        layers = rx.nn.Stack([block(attention)] * 2)
+        deep = rx.cache.Stream(x, rx.cache.make(rx.recur(rx.nn.Stack([attention] * 2), 2), x, 4).begin(1))
+        with pytest.raises(ValueError, match=f"layer {block.__name__} of a stack .*{message}"):
+            rx.recur(layers, 2)(deep)
+    with pytest.raises(ValueError, match="returned one without"):
+        make(Forgetful(attention))
+    with pytest.raises(TypeError, match="rx.compose, rx.recur or rx.chain have made; got a Attention"):
+        rx.cache.make(attention, x, 4)
+    with pytest.raises(ValueError, match="`counts` are from 0 to 1.*got 2"):
+        cache.begin(1).advance(2)
+    with pytest.raises(Exception, match="rewound to at most what is filled"):
+        jax.block_until_ready(eqx.filter_jit(cache.rewind)(jnp.array([3])))
     with pytest.raises(ValueError, match="begins with cache = cache.begin"):
         body(rx.cache.Stream(x, cache))
     with pytest.raises(ValueError, match="one document for each sequence"):
@@ -338,6 +360,16 @@ def test_what_is_refused():
         rx.cache.make(body, x, None)
     with pytest.raises(ValueError, match="names C, but 'A B' has A, B"):
         model_of("A B", windows={"C": 3})
+
+
+def test_policies_are_set_on_a_model():
+    model = model_of(r=3)
+    cheap = rx.cache.with_policy(model, r=rx.cache.First())
+    assert cheap.body.loops["r"].cache == rx.cache.First()
+    np.testing.assert_array_equal(cheap(PROMPT), model_of(r=rx.Loop(3, cache=rx.cache.First()))(PROMPT))
+    np.testing.assert_array_equal(rx.cache.with_policy(cheap, r=None)(PROMPT), model(PROMPT))
+    with pytest.raises(ValueError, match="no loop of this model is named q: its loops are r"):
+        rx.cache.with_policy(model, q=rx.cache.First())
 
 
 def test_a_second_step_does_not_compile_again():

@@ -104,6 +104,14 @@ def test_stop_tokens_end_a_sequence():
         assert int(out.lengths[b]) == n
         assert out.tokens[b].tolist() == free.tokens[b, :n].tolist() + [0] * (STEPS - n)
         assert not out.log_probs[b, n:].any()
+    # Prompts of one length, which are written together: one that ends does not disturb the others.
+    free = G.tokens(MODEL, PROMPTS, steps=STEPS, sampler=GREEDY)
+    out = G.tokens(MODEL, PROMPTS, steps=STEPS, sampler=GREEDY, stop=[int(free.tokens[0, 0])])
+    for b in range(3):
+        n = int(out.lengths[b])
+        assert out.tokens[b, :n].tolist() == free.tokens[b, :n].tolist()
+    assert out.lengths[0] == 1 and max(out.lengths) > 1
+    stop = [int(G.tokens(MODEL, PROMPTS[1:2, :2], steps=1, sampler=GREEDY).tokens[0, 0])]
     parts = list(G.stream(MODEL, PROMPTS[1:2], lengths=LENGTHS[1:2], steps=STEPS, sampler=GREEDY, stop=stop))
     assert len(parts) == 1 and bool(parts[0].done[0])
 
@@ -262,6 +270,11 @@ def test_what_is_refused():
         tokens(rounds=G.Until(G.KL(0.1), most=2, loop="q"))
     with pytest.raises(ValueError, match=r"prompts are integers \[batch, p\].*float32\[3, 4\]"):
         G.tokens(MODEL, jnp.ones((3, 4)), steps=1, sampler=GREEDY)
+    with pytest.raises(ValueError, match="r may run 5 rounds, past its cache, which has slots for 3"):
+        cache = MODEL.cache(3, 8, stops=True)
+        MODEL.decode(PROMPTS[:, :1], cache, until=G.Until(G.KL(0.1), most=5))
+    with pytest.raises(ValueError, match="make the cache with stops=True"):
+        MODEL.decode(PROMPTS[:, :1], MODEL.cache(3, 8), until=G.Until(G.KL(0.1), most=3))
     nested = model_of("(A^r B)^2", r=2)
     with pytest.raises(ValueError, match="no loop around it"):
         G.tokens(nested, PROMPTS, steps=2, sampler=GREEDY, rounds=G.Until(G.KL(0.1), most=2))

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from .._cache import Shelf
-from .._loop import Loop, map_loops, with_rounds
+from .._loop import loops_of, map_loops, with_rounds
 from ._sampler import Sampler
 from ._until import Until
 
@@ -168,7 +168,8 @@ def begin(model: PyTree, prompts: Prompts, lengths: Array, keys: Array, plan: Pl
 
 def after(model: PyTree, drawn: Drawn, keys: Array, i: Any, plan: Plan) -> Drawn:
     """Runs the last tokens and draws token `i` of each sequence; sequences that are done stand still."""
-    counts = None if not plan.stop else 1 - drawn.done.astype(jnp.int32)
+    # Sequences that are aligned stay so: what has ended goes on, unseen.
+    counts = None if plan.aligned or not plan.stop else 1 - drawn.done.astype(jnp.int32)
     options = {} if plan.until is None else {"until": plan.until}
     key = _model_key(keys, i + 2**30)
     hidden, cache = model.decode(drawn.token[:, None], drawn.cache, counts=counts, key=key, **options)
@@ -214,12 +215,6 @@ def has_sequential(model: PyTree) -> bool:
 def _model_key(keys: Array, i: Any) -> Array | None:
     """For starts that draw; of the first sequence, since one draw serves the whole batch."""
     return jr.fold_in(jr.fold_in(keys[0], 2**31 - 1), i)
-
-
-def loops_of(model: PyTree) -> list[Loop]:
-    """All loops of a model."""
-    leaves = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Loop))
-    return [leaf for leaf in leaves if isinstance(leaf, Loop)]
 
 
 def _with_maximum(model: PyTree, name: str, most: int) -> PyTree:

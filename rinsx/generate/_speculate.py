@@ -1,6 +1,7 @@
 """Self-speculation: the model drafts at few rounds what it then verifies at many, in one pass."""
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def speculate(
 
     **Arguments:**
 
-    - `draft`: numbers of rounds of the drafts, by the names of loops.
+    - `draft`: numbers of rounds of the drafts, Python integers, by the names of loops.
     - `ahead`: how many tokens are drafted at a time.
     - The others are those of [`rinsx.generate.tokens`][]; `rounds` are those of the deep model.
 
@@ -106,16 +107,15 @@ def speculate(
     )
     if has_sequential(model):
         raise ValueError("a loop has a sequential cache policy, which several tokens at once do not follow")
-    shallow = with_rounds(model, **draft)
+    draft = {name: operator.index(r) for name, r in draft.items()}
     keys = keys_for(key, prompts.shape[0], settled.sampler)
-    return _speculate(model, shallow, prompts, lengths, keys, settled, ahead)
+    return _speculate(model, draft, prompts, lengths, keys, settled, ahead)
 
 
 @eqx.filter_jit
-def _speculate(model, shallow, prompts, lengths, keys, plan: Plan, ahead: int) -> Speculation:
+def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> Speculation:
     model = ready(model, prompts, plan)
-    # One set of matrices for both.
-    shallow = _with_loops(model, shallow)
+    shallow = with_rounds(model, **draft)
     first = begin(model, prompts, lengths, keys, plan)
     batch = prompts.shape[0]
     row = jnp.arange(batch)
@@ -186,8 +186,3 @@ def _leave(cache: Cache) -> Cache:
 
 def _fill(cache: Cache) -> Cache:
     return dataclasses.replace(cache, layout=dataclasses.replace(cache.layout, unfilled="fill"))
-
-
-def _with_loops(model: PyTree, other: PyTree) -> PyTree:
-    """`model` with the loops of `other`, so that both share their matrices."""
-    return eqx.tree_at(lambda model: model.body.loops, model, other.body.loops)

@@ -222,7 +222,7 @@ class DecoderLM(eqx.Module):
         with jax.named_scope("norm"):
             return self.norm(state)
 
-    def cache(self, batch: int, capacity: int, **options: Any) -> Cache:
+    def cache(self, batch: int, capacity: int | None, **options: Any) -> Cache:
         """An empty cache for `decode`, for the depths that the loops of this model are bound to.
 
         !!! example
@@ -241,7 +241,7 @@ class DecoderLM(eqx.Module):
         **Arguments:**
 
         - `batch`: how many sequences.
-        - `capacity`: how many positions there is room for.
+        - `capacity`: how many positions there is room for; `None` where all blocks have windows.
         - `options`: those of [`rinsx.cache.make`][].
 
         **Returns:**
