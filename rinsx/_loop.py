@@ -245,6 +245,12 @@ def with_policy(model: PyTree, **policies: AbstractPolicy | None) -> PyTree:
     return map_loops(put, model)
 
 
+def with_room(model: PyTree, **most: int) -> PyTree:
+    """Returns the model with the named loops' `max` at least so large, for the slots of its caches."""
+    put = lambda loop: dataclasses.replace(loop, max=max(most[loop.name], loop.max or 0)) if loop.name in most else loop
+    return map_loops(put, model)
+
+
 def loops_of(model: PyTree) -> list[Loop]:
     """All loops of a model."""
     leaves = jtu.tree_leaves(model, is_leaf=lambda node: isinstance(node, Loop))

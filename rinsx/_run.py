@@ -110,12 +110,13 @@ def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form)
 def _unrolls(node: Rounds, rounds: int, state: PyTree, env: Env, form: Form) -> bool:
     """Whether rounds of a loop are unrolled: as its cache demands, as its options say, or as measures best."""
     loop = loop_of(node, env)
-    if env.layout is not None and not env.layout.whole:
-        return any(
-            shelf is not None and shelf.separate and n for shelf, n in zip(env.layout.shelves, taken(node.body, env))
-        )
+    shelves = () if env.layout is None or env.layout.whole else env.layout.shelves
+    if shelves and any(s is not None and s.separate and n for s, n in zip(shelves, taken(node.body, env))):
+        return True
     if loop is not None and loop.unroll is not None:
         return loop.unroll
+    if shelves:
+        return False
     depths = [block.depth if isinstance(block, Stack) else 1 for block in env.blocks]
     visits = rounds * sum(depth * visits for depth, visits in zip(depths, tally(node.body, env).visits))
     return not form.rolled and unrolls(visits, state)  # pyright: ignore[reportArgumentType]

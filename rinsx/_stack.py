@@ -92,7 +92,7 @@ class Stack(eqx.Module):
         unroll = unrolls(self.depth, state) if self.unroll is None else self.unroll
         cached = isinstance(state, Stream)
         if cached and not state.cache.whole:
-            unroll = state.cache.separate
+            unroll = state.cache.separate or bool(self.unroll)
         # What has no axis is not stacked: a number of rounds that was set for all layers at once.
         arrays, rest = eqx.partition(self.layers, lambda x: eqx.is_array(x) and x.ndim > 0)
         key = kwargs.get("key")

@@ -1,6 +1,5 @@
 """What all ways to generate share: a model made ready, the prompt run, one token drawn."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from .._cache import Shelf
-from .._loop import loops_of, map_loops, with_rounds
+from .._loop import loops_of, with_room, with_rounds
 from ._sampler import Sampler
 from ._until import Until
 
@@ -77,7 +76,7 @@ def plan(
     until = rounds if isinstance(rounds, Until) else None
     if until is not None:
         model = with_rounds(model, **{until.loop: jnp.int32(until.most)})
-        model = _with_maximum(model, until.loop, until.most)
+        model = with_room(model, **{until.loop: until.most})
     elif rounds is not None:
         model = with_rounds(model, **dict(rounds))  # pyright: ignore[reportCallIssue, reportArgumentType]
     aligned = lengths is None
@@ -215,9 +214,3 @@ def has_sequential(model: PyTree) -> bool:
 def _model_key(keys: Array, i: Any) -> Array | None:
     """For starts that draw; of the first sequence, since one draw serves the whole batch."""
     return jr.fold_in(jr.fold_in(keys[0], 2**31 - 1), i)
-
-
-def _with_maximum(model: PyTree, name: str, most: int) -> PyTree:
-    """The model with room for `most` rounds in the cache of the loop of that name."""
-    put = lambda loop: dataclasses.replace(loop, max=max(most, loop.max or 0)) if loop.name == name else loop
-    return map_loops(put, model)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .._loop import with_rounds
+from .._loop import with_room, with_rounds
 
 
 def sweep(
@@ -52,7 +52,8 @@ def sweep(
     if depths.size == 0 or int(depths.min()) < 1:
         raise ValueError(f"`rounds` are numbers of at least 1; got {depths.tolist()}")
     # One signature of the compiled program, whatever the model is bound to.
-    return _sweep(with_rounds(model, **{loop: jnp.int32(1)}), loss, batch, depths, loop, key)
+    model = with_room(with_rounds(model, **{loop: jnp.int32(1)}), **{loop: int(depths.max())})
+    return _sweep(model, loss, batch, depths, loop, key)
 
 
 @eqx.filter_jit

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._loop import map_loops, with_rounds
+from .._loop import map_loops, with_room, with_rounds
 from ._mesh import share_out
 from ._step import Loss
 
@@ -96,6 +96,8 @@ def evaluate(
     depths = list(dict.fromkeys(it.product(*(map(operator.index, numbers) for numbers in rounds.values()))))
     for depth in depths:
         with_rounds(model, **dict(zip(names, depth)))  # refuses, before anything runs, what the model cannot do
+    # Rounds that share keys and values need slots for all of them.
+    model = with_room(model, **{name: max(map(operator.index, numbers)) for name, numbers in rounds.items()})
     key = jr.key(0) if key is None else key
     seen: dict[tuple[int, ...], list[Any]] = {depth: [] for depth in depths}
     late: dict[tuple[int, ...], Any] = {}
