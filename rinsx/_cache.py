@@ -157,7 +157,7 @@ class Cache(eqx.Module):
                 new = list(buffer)
                 for slot in range(low, high):  # pyright: ignore[reportArgumentType]
                     given = buffer[source + (slot - low) % count]  # pyright: ignore[reportCallIssue, reportArgumentType]
-                    new[slot] = _write(buffer[slot], _read(given, 0, 1, self, block, t), 0, self, block, -2)
+                    new[slot] = _write(buffer[slot], _read(given, None, 1, self, block, t), None, self, block, -2)
                 return tuple(new)
             part = _read(buffer, source, count, self, block, t)
             put = lambda i, buffer: _write(buffer, part, low + i * count, self, block, -2)
@@ -256,7 +256,7 @@ class Line(AbstractHandle):
         """All positions of this slot."""
         shelf: Any = self.cache.layout.shelves[self.block]
         if shelf.separate:
-            return buffers[self.slot][..., 0, :, :, :]
+            return buffers[self.slot]
         return lax.dynamic_index_in_dim(buffers, _scalar(self.slot), -4, keepdims=False)
 
     def append(self, k, v, *, window=None):
@@ -282,7 +282,7 @@ class Line(AbstractHandle):
                 )
             new = []
             for buffers, x in ((keys, k), (values, v)):
-                put = self._put(buffers[self.slot], x, 0, lambda before, b=buffers: (b[before], 0))
+                put = self._put(buffers[self.slot], x, None, lambda before, b=buffers: (b[before], None))
                 new.append((*buffers[: self.slot], put, *buffers[self.slot + 1 :]))
             keys, values = new
         else:
@@ -308,16 +308,16 @@ class Line(AbstractHandle):
 
     def _put(self, buffer, x, slot, of: Callable):
         """`x` written, or what stands in its place for sequences that do not write."""
-        x = x[..., None, :, :, :].astype(buffer.dtype)
+        x = (x if slot is None else x[..., None, :, :, :]).astype(buffer.dtype)
         t = x.shape[-2]
-        where = self.writes if isinstance(self.writes, bool) else self.writes[..., None, None, None, None]
+        over = lambda mask: mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
         if self.cache.active is not None and self.before is not None:
             # A sequence that has stopped keeps what its last round has written.
-            buffer_before, slot_before = of(self.before)
-            past = _read(buffer_before, slot_before, 1, self.cache, self.block, t)
-            x = jnp.where(self.cache.active[..., None, None, None, None], x, past)
-        if where is not True:
-            x = jnp.where(where, x, _read(buffer, slot, 1, self.cache, self.block, t))
+            of_before, slot_before = of(self.before)
+            past = _read(of_before, slot_before, 1, self.cache, self.block, t)
+            x = jnp.where(over(self.cache.active), x, past)
+        if self.writes is not True:
+            x = jnp.where(over(self.writes), x, _read(buffer, slot, 1, self.cache, self.block, t))
         return _write(buffer, x, slot, self.cache, self.block, -2)
 
     def _shelf(self, window: int | None) -> Shelf:
@@ -336,7 +336,7 @@ class Line(AbstractHandle):
         at = _start(cache)[..., None] + jnp.arange(cache.tokens(), dtype=jnp.int32)
         size = min(layout.chunk, shelf.positions)
         keys, values = cache.keys[self.block], cache.values[self.block]
-        slot = 0
+        slot = None
         if shelf.separate:
             keys, values = keys[self.slot], values[self.slot]
         else:
@@ -461,59 +461,85 @@ def _ring(cache: Cache, block: int) -> int | None:
     return None if shelf is None or shelf.window is None else shelf.positions
 
 
-def _rank(axis: int) -> int:
-    """The axes of a buffer of one sequence: slots, (groups,) positions, (dim)."""
-    return 4 if axis == -2 else 2
+def _rank(axis: int, slot: Any) -> int:
+    """The axes of a buffer of one sequence: slots (if `slot` is one), groups and positions and dim, or positions alone."""
+    return (3 if axis == -2 else 1) + (slot is not None)
 
 
 def _write(buffer: Array, x: Array, slot: Any, cache: Cache, block: int, axis: int) -> Array:
-    """`x` written at `slot` and the next positions of each sequence; positions are axis `axis`."""
+    """`x` written at `slot` and the next positions of each sequence; positions are axis `axis`. No slot, no axis for it."""
     ring, start = _ring(cache, block), _start(cache)
-    t = x.shape[axis]
+    t, batched = x.shape[axis], buffer.ndim > _rank(axis, slot)
+    if ring is not None and t > 1:
+        write = lambda buffer, x, start: _write_ring(buffer, x, slot, start, ring, axis)
+        return (
+            jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(buffer, x, start)
+            if batched
+            else write(buffer, x, start)
+        )
+    if ring is not None:
+        start = start % ring
+    # `vmap` of this would be a scatter, even at equal positions, and XLA copies the buffer for that.
+    if not batched:
+        return lax.dynamic_update_slice(buffer, x, _corner(buffer, {axis: start}, slot, 0))
+    if start.ndim == 0:
+        return lax.dynamic_update_slice(buffer, x, _corner(buffer, {axis: start}, slot, 1))
+    if jax.default_backend() != "cpu":
+        write = lambda buffer, x, start: lax.dynamic_update_slice(buffer, x, _corner(buffer, {axis: start}, slot, 0))
+        return jax.vmap(write)(buffer, x, start)
 
-    def one(buffer, x, slot, start):
-        if ring is not None and t > 1:
-            index = (start + jnp.arange(t)) % ring
-            count = x.shape[0]
-            moved = jnp.moveaxis(x, axis, 0)
-            at = lax.dynamic_slice_in_dim(buffer, slot, count, 0)
-            at = jnp.moveaxis(jnp.moveaxis(at, axis, 0).at[index].set(moved), 0, axis)
-            return lax.dynamic_update_slice_in_dim(buffer, at, slot, 0)
-        begin = [jnp.zeros((), jnp.int32)] * buffer.ndim
-        begin[0], begin[axis] = jnp.asarray(slot, jnp.int32), start if ring is None else start % ring
-        return lax.dynamic_update_slice(buffer, x, begin)
+    def row(b, buffer):
+        part = lax.dynamic_slice_in_dim(x, b, 1, 0)
+        return lax.dynamic_update_slice(buffer, part, _corner(buffer, {0: b, axis: start[b]}, slot, 1))
 
-    if buffer.ndim == _rank(axis):
-        return one(buffer, x, slot, start)
-    return jax.vmap(one, in_axes=(0, 0, None, 0 if start.ndim else None))(buffer, x, slot, start)
+    return lax.fori_loop(0, buffer.shape[0], row, buffer)
+
+
+def _write_ring(buffer: Array, x: Array, slot: Any, start: Array, ring: int, axis: int) -> Array:
+    """Several positions of one sequence, which may go past the end of the ring."""
+    index = (start + jnp.arange(x.shape[axis])) % ring
+    part = buffer if slot is None else lax.dynamic_slice_in_dim(buffer, slot, x.shape[0], 0)
+    part = jnp.moveaxis(jnp.moveaxis(part, axis, 0).at[index].set(jnp.moveaxis(x, axis, 0)), 0, axis)
+    return part if slot is None else lax.dynamic_update_slice_in_dim(buffer, part, slot, 0)
 
 
 def _read(buffer: Array, slot: Any, count: int, cache: Cache, block: int, t: int, axis: int = -2) -> Array:
     """What stands at the next `t` positions of each sequence, in `count` slots."""
     ring, start = _ring(cache, block), _start(cache)
+    batched = buffer.ndim > _rank(axis, slot)
 
-    def one(buffer, slot, start):
-        part = lax.dynamic_slice_in_dim(buffer, slot, count, 0)
+    def one(buffer, start):
+        slots = buffer.ndim - _rank(axis, slot)
         if ring is not None:
+            part = buffer if slot is None else lax.dynamic_slice_in_dim(buffer, slot, count, slots)
             return jnp.take(part, (start + jnp.arange(t)) % ring, axis=axis)
-        return lax.dynamic_slice_in_dim(part, start, t, axis)
+        sizes = list(buffer.shape)
+        sizes[axis] = t
+        if slot is not None:
+            sizes[slots] = count
+        return lax.dynamic_slice(buffer, _corner(buffer, {axis: start}, slot, slots), sizes)
 
-    if buffer.ndim == _rank(axis):
-        return one(buffer, slot, start)
-    return jax.vmap(one, in_axes=(0, None, 0 if start.ndim else None))(buffer, slot, start)
+    return jax.vmap(one)(buffer, start) if batched and start.ndim else one(buffer, start)
+
+
+def _corner(buffer: Array, at: dict[int, Any], slot: Any, axis: int) -> list[Any]:
+    """Where a slice begins: as `at` says by axes, at the slot along `axis` where there is one, and at 0 along the others."""
+    corner: list[Any] = [jnp.zeros((), jnp.int32)] * buffer.ndim
+    for i, index in (at if slot is None else {axis: slot, **at}).items():
+        corner[i] = jnp.asarray(index, jnp.int32)
+    return corner
 
 
 def _cut(buffer: Array, slot: Any, first: Any, size: int) -> Array:
     """`size` positions of a slot: `[*batch, groups, size, dim]`."""
-    if isinstance(slot, int) and isinstance(first, int) and buffer.shape[-4] == 1 and buffer.shape[-2] == size:
-        return lax.squeeze(buffer, (buffer.ndim - 4,))
-    begin = [0] * buffer.ndim
+    if slot is None:
+        return buffer if size == buffer.shape[-2] else lax.dynamic_slice_in_dim(buffer, first, size, -2)
     sizes = list(buffer.shape)
-    begin[-4], begin[-2], sizes[-4], sizes[-2] = slot, first, 1, size
-    return lax.squeeze(lax.dynamic_slice(buffer, begin, sizes), (buffer.ndim - 4,))
+    sizes[-4], sizes[-2] = 1, size
+    part = lax.dynamic_slice(buffer, _corner(buffer, {-2: first}, slot, -4), sizes)
+    return lax.squeeze(part, (buffer.ndim - 4,))
 
 
 def _cut_marks(marks: Array, slot: Any, first: Any, size: int) -> Array:
     """Which of `size` positions of a slot are written: `[*batch, size]`."""
-    part = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(marks, slot, -2, keepdims=False), first, size, -1)
-    return part
+    return lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(marks, slot, -2, keepdims=False), first, size, -1)

@@ -94,8 +94,8 @@ def new_cache(
             room = -(-room // chunk) * chunk
         shelves.append(Shelf(shell.name, k.width, n, room, shell.window, shell.separate))
         apart = shell.separate
-        one = lambda count, dim, k=k: jnp.zeros((*lead, count, k.groups, room, dim), k.dtype)
-        buffers = lambda dim: tuple(one(1, dim) for _ in range(n)) if apart else one(n, dim)
+        zeros = lambda slots, dim, k=k: jnp.zeros((*lead, *slots, k.groups, room, dim), k.dtype)
+        buffers = lambda dim: tuple(zeros((), dim) for _ in range(n)) if apart else zeros((n,), dim)
         keys.append(buffers(k.key_dim))
         values.append(buffers(k.value_dim))
         written.append(jnp.zeros((*lead, n, room), bool) if unfilled == "mask" else None)
