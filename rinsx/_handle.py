@@ -103,7 +103,27 @@ class Plain(AbstractHandle):
 
 
 class Stream(eqx.Module):
-    """A state with a cache riding in it. Adapters, injections and starts act on `x`."""
+    """A state with a cache riding in it. Adapters, injections and starts act on `x`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import jax.random as jr
+        import rinsx as rx
+
+        body = rx.recur(rx.nn.Attention(8, heads=2, key=jr.key(0)), 2)
+        x = jnp.ones((1, 3, 8))
+        cache = rx.cache.make(body, x[:, :1], 16)
+        state = body(rx.cache.Stream(x, cache.begin(3)))
+        state.x, state.cache.advance(3)
+        ```
+
+    **Arguments:**
+
+    - `x`: what blocks compute on.
+    - `cache`: a [`rinsx.cache.Cache`][] that has begun a forward pass.
+    """
 
     x: PyTree
     cache: Any

@@ -29,4 +29,5 @@ __all__ = [
     "PerVisit",
     "Plain",
     "Stream",
+    "with_policy",
 ]

@@ -34,6 +34,10 @@ RECORDS = {
     "rinsx.train.NonFiniteLoss",
     "rinsx.train.Run",
     "rinsx.train.Totals",
+    "rinsx.cache.Cache",
+    "rinsx.generate.Generation",
+    "rinsx.generate.Speculation",
+    "rinsx.generate.Token",
 }
 
 
