@@ -23,6 +23,7 @@ def converge(
     state: Stream,
     until: Any,
     predict: Callable[[PyTree], Array],
+    idle: Array | None,
     *args: Any,
     **kwargs: Any,
 ) -> Stream:
@@ -31,6 +32,7 @@ def converge(
     **Arguments:**
 
     - `until`: a [`rinsx.generate.Until`][].
+    - `idle`: bool `[batch]`, sequences that no round has to wait for.
     - `predict`: from the state after the recursion to logits `[batch, vocab]`, for criteria that compare predictions.
     """
     builder = Builder()
@@ -104,7 +106,8 @@ def converge(
         return i + 1, Stream(new.x, cache), now, done, used
 
     go_on = lambda carry: (carry[0] < until.most) & ~jnp.all(carry[3])
-    carry = (jnp.int32(1), state, last, jnp.zeros(batch, bool), jnp.ones(batch, jnp.int32))
+    done = jnp.zeros(batch, bool) if idle is None else idle
+    carry = (jnp.int32(1), state, last, done, jnp.ones(batch, jnp.int32))
     i, state, _, _, used = lax.while_loop(go_on, one, carry)
     state = finish(active(state, jnp.ones(batch, bool)), place, node, env, i)
     state = after_loop(state)

@@ -175,6 +175,13 @@ def test_work_is_saved_once_all_have_converged():
     # The prompt runs all rounds, each later token as many as the slowest of the batch.
     assert len(calls) == 40 + int(out.rounds[:, 1:].max(axis=0).sum())
     assert int(out.rounds[:, 1:].max()) < 40
+    # Nothing waits for a sequence that has ended.
+    calls.clear()
+    rounds = G.Until(G.StateChange(0.4), most=40)
+    out = G.tokens(model, PROMPTS, steps=3, sampler=GREEDY, rounds=rounds, stop=[int(out.tokens[0, 0])])
+    jax.effects_barrier()
+    assert len(calls) == 40 + int(out.rounds[:, 1:].max(axis=0).sum())
+    assert out.lengths[0] == 1 and max(out.lengths) == 3
 
 
 @pytest.mark.parametrize("ahead", [1, 4])

@@ -96,7 +96,8 @@ def plan(
     sampler = Sampler() if sampler is None else sampler
     if not isinstance(sampler, Sampler):
         raise TypeError(f"`sampler` is an rx.generate.Sampler; got {sampler!r}")
-    aligned = aligned and not more
+    # What has ended stands still where that saves rounds.
+    aligned = aligned and not more and not (len(stop) > 0 and until is not None)
     return model, prompts, lengths, Plan(steps, capacity, one_by_one, aligned, sampler, tuple(stop), until, more)
 
 

@@ -271,7 +271,8 @@ class DecoderLM(eqx.Module):
         - `cache`: of `cache`, or the one that the last call has returned.
         - `counts`: how many of the `t` tokens are there, from the left; the rest is padding, and nothing of it is kept. By
             default all.
-        - `until`: a [`rinsx.generate.Until`][]: run a loop for as many rounds as each sequence needs, one token at a time.
+        - `until`: a [`rinsx.generate.Until`][]: run a loop for as many rounds as each sequence needs, one token at a time. No round
+            waits for a sequence of no `counts`.
         - `key`: for starts and blocks that draw random numbers.
 
         **Returns:**
@@ -295,7 +296,8 @@ class DecoderLM(eqx.Module):
         else:
             if t != 1:
                 raise ValueError(f"rounds are run until they converge one token at a time; got {t} tokens.")
-            state = converge(body, state, until, lambda x: self.logits(self.norm(x[:, -1])), **context)
+            idle = None if counts is None else counts == 0
+            state = converge(body, state, until, lambda x: self.logits(self.norm(x[:, -1])), idle, **context)
         with jax.named_scope("norm"):
             return self.norm(state.x), state.cache.advance(t if counts is None else counts)
 
