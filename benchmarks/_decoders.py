@@ -18,6 +18,7 @@ from typing import Any
 
 from _decode_peers import make_prompts, Point, timed
 from _peers import serve, Shape
+from _trainers import config_of
 
 
 POLICIES = ("per visit", "first", "every 2", "last")
@@ -34,21 +35,11 @@ def make_model(shape: Shape, signature: str, policy: str) -> Any:
         "every 2": lambda: rx.cache.Every(2),
         "last": rx.cache.Last,
     }
-    config = rx.models.DecoderConfig(
-        shape.vocabulary,
-        width=shape.width,
-        layers=sum(shape.split),
-        heads=shape.heads,
-        hidden=shape.hidden,
-        tied=shape.tied,
-        context=shape.length,
-        dtype="float32",
-    )
     found = re.search(r"\^(\d+)", signature)
     # A loop has its policy by its name.
     loops: dict[str, Any] = {} if found is None else {"r": rx.Loop(int(found[1]), cache=policies[policy]())}
     named = re.sub(r"\^\d+", "^r", signature)
-    return rx.models.DecoderLM(config, named, split=shape.split, key=jr.key(shape.seed), **loops)
+    return rx.models.DecoderLM(config_of(shape), named, split=shape.split, key=jr.key(shape.seed), **loops)
 
 
 def visits(signature: str, split: tuple[int, int]) -> int:
@@ -61,12 +52,6 @@ def visits(signature: str, split: tuple[int, int]) -> int:
     if (found := re.fullmatch(r"\(A B\)\^(\d+)", signature)) is not None:
         return (a + b) * int(found[1])
     raise ValueError(f"signatures are 'A B', 'A^n B' and '(A B)^n', got {signature!r}")
-
-
-def nbytes(tree: Any) -> int:
-    import jax
-
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 class Worker:
@@ -96,9 +81,9 @@ class Worker:
             # As one would serve it. Token by token, which is what the policy says, a prompt takes a step for each token.
             self.options["prefill"] = "parallel"
         # What follows is per layer and token, so any capacity will do.
-        kept = nbytes(eqx.filter_eval_shape(lambda: model.cache(1, 1024))) // 1024
-        total = nbytes(eqx.filter(model, eqx.is_array))
-        layers = nbytes(eqx.filter(model.body, eqx.is_array))
+        kept = rx.flops.nbytes(eqx.filter_eval_shape(lambda: model.cache(1, 1024))) // 1024
+        total = rx.flops.nbytes(eqx.filter(model, eqx.is_array))
+        layers = rx.flops.nbytes(eqx.filter(model.body, eqx.is_array))
         # Of the table a token reads one row, unless it is the head too.
         rest = total - layers - (0 if shape.tied else model.embedding.weight.nbytes)
         return {
@@ -126,6 +111,8 @@ class Worker:
     def run(self, seconds: float, **fields: Any) -> dict[str, Any]:
         import equinox as eqx
 
+        import rinsx as rx
+
         point = Point(**fields)
         cache = eqx.filter_eval_shape(lambda: self.model.cache(point.batch, point.capacity))
         found = timed(lambda: self._decode(point), seconds)
@@ -135,7 +122,7 @@ class Worker:
             "first_s": found["first_s"],
             "token_s": [rest / (point.steps - 1)],
             "cache": None,
-            "cache_bytes": nbytes(cache),
+            "cache_bytes": rx.flops.nbytes(cache),
         }
 
     def check(self, prompt: int, steps: int, capacity: int) -> dict[str, Any]:

@@ -29,12 +29,10 @@ Steps = Callable[[], list[float]]
 """Does `STEPS_PER_CALL` steps and returns the losses before each."""
 
 
-def make_model(shape: Shape, stored: bool) -> Any:
-    import jax.random as jr
-
+def config_of(shape: Shape) -> Any:
     import rinsx as rx
 
-    config = rx.models.DecoderConfig(
+    return rx.models.DecoderConfig(
         shape.vocabulary,
         width=shape.width,
         layers=sum(shape.split),
@@ -44,12 +42,21 @@ def make_model(shape: Shape, stored: bool) -> Any:
         context=shape.length,
         dtype="float32",
     )
+
+
+def make_model(shape: Shape, stored: bool) -> Any:
+    import jax.random as jr
+
+    import rinsx as rx
+
     full = rx.gradient.Full()
     options: dict[str, Any] = {"gradient": full, "unroll": True} if stored else {}
     # One round is no loop: then the signature is `A B`.
     loops: dict[str, Any] = {"r": rx.Loop(shape.rounds, **options)} if shape.rounds > 1 else {}
     signature = "A^r B" if loops else "A B"
-    return rx.models.DecoderLM(config, signature, split=shape.split, key=jr.key(shape.seed), **options, **loops)
+    return rx.models.DecoderLM(
+        config_of(shape), signature, split=shape.split, key=jr.key(shape.seed), **options, **loops
+    )
 
 
 def by_rinsx(model: Any, learning_rate: float, tokens: Any, targets: Any) -> Steps:

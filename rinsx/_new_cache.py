@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._cache import Cache, handed_back, Layout, Shelf
+from ._cache import Cache, Layout, Shelf
 from ._check import at_least
 from ._handle import AbstractHandle, Stream
+from ._line import handed_back
 from ._lines import policy_of, taken
 from ._policy import PerVisit
-from ._program import Builder, Program, Rounds, Seq, used, Visit
+from ._program import Builder, loops_in, Program, Rounds, Seq, used, Visit
 
 
 # Positions that are read at once. Small on CPU, where a chunk costs what is in it; large elsewhere, where each costs a launch.
@@ -72,7 +73,7 @@ def new_cache(
         shells, most, None if all_windows else capacity, chunk, piece, aligned, unfilled, stops, trusted, whole
     )
     env = builder.env(args, kwargs, layout)
-    for node in _loops(program):
+    for node in loops_in(program):
         if policy_of(node, env).slots(None if node.fixed is None and most[_number(node)] is None else 1) is None:
             name = builder.loops[_number(node)].name
             raise ValueError(
@@ -231,11 +232,3 @@ def _moving(node: Program, builder: Builder) -> set[int]:
 def _number(node: Rounds) -> int:
     assert node.loop is not None
     return node.loop
-
-
-def _loops(node: Program) -> list[Rounds]:
-    if isinstance(node, Visit):
-        return []
-    if isinstance(node, Seq):
-        return [loop for part in node.parts for loop in _loops(part)]
-    return [node, *_loops(node.body)]

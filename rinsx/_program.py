@@ -160,6 +160,15 @@ def is_static(node: Program, env: Env) -> bool:
     return isinstance(number_of_rounds(node, env), int) and is_static(node.body, env)
 
 
+def loops_in(node: Program) -> list[Rounds]:
+    """All loops of a program, inner before outer."""
+    if isinstance(node, Visit):
+        return []
+    if isinstance(node, Seq):
+        return [loop for part in node.parts for loop in loops_in(part)]
+    return [*loops_in(node.body), node]
+
+
 def used(node: Program) -> tuple[set[int], set[int]]:
     """The numbers of the blocks and the loops in `node`."""
     if isinstance(node, Visit):

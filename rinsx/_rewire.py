@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from . import _observe
 from ._handle import Stream
 from ._loop import Loop, Rounds as LoopRounds
-from ._program import Builder, opens, origin, Program, Rounds, Seq, tally, used, Visit
+from ._program import Builder, loops_in, opens, origin, Program, Rounds, tally, used, Visit
 from ._recur import bind, refuse_shared
 from ._run import run
 from ._signature import Signature
@@ -71,7 +71,7 @@ class Rewired(eqx.Module):
         """The loops whose first round begins before layer `i`, and those whose first round ends behind it, inner first."""
         builder, program = self.program()
         heads, tails = [], []
-        for node in _loops(program):
+        for node in loops_in(program):
             blocks = sorted(used(node)[0])
             low, high = self._span(blocks[0])[0], self._span(blocks[-1])[1]
             loop = None if node.loop is None else builder.loops[node.loop]
@@ -131,15 +131,6 @@ class Slot(eqx.Module):
 
 def _layer(layer: Callable) -> str:
     return f"rewired layer {type(layer).__name__}"
-
-
-def _loops(node: Program) -> list[Rounds]:
-    """All loops of a program, inner before outer."""
-    if isinstance(node, Visit):
-        return []
-    if isinstance(node, Seq):
-        return [loop for part in node.parts for loop in _loops(part)]
-    return [*_loops(node.body), node]
 
 
 def rewire(

@@ -11,8 +11,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
-from ._cache import handed_back
 from ._handle import Stream
+from ._line import handed_back
 from ._unroll import unrolls
 from ._visit import as_state, checked
 from .gradient import AbstractStorage, Full

@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import start as starts
-from ._cache import after_visit, at_visit, handed_back
 from ._handle import Stream
+from ._line import after_visit, at_visit, handed_back
 from ._program import Count, Env, Place, Visit
 
 

@@ -11,7 +11,6 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from .._cache import Shelf
 from .._loop import loops_of, with_room, with_rounds
 from ._sampler import Sampler
 from ._until import Until
@@ -57,14 +56,15 @@ def plan(
     *,
     steps: int,
     sampler: Sampler | None,
+    key: Any,
     lengths: Any,
     stop: Any,
     capacity: int | None,
     rounds: Rounds,
     prefill: Literal["parallel", "sequential"] | None,
     more: int = 0,
-) -> tuple[PyTree, Array, Array, Plan]:
-    """Checks the arguments; returns the model at its rounds, prompts, lengths and the plan. `more` is room for drafts."""
+) -> tuple[PyTree, Array, Array, Array, Plan]:
+    """Checks the arguments; returns the model at its rounds, prompts, lengths, keys and the plan. `more` is room for drafts."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be an integer of at least 1; got {steps!r}.")
     prompts = jnp.asarray(prompts)
@@ -98,10 +98,11 @@ def plan(
         raise TypeError(f"`sampler` is an rx.generate.Sampler; got {sampler!r}")
     # What has ended stands still where that saves rounds.
     aligned = aligned and not more and not (len(stop) > 0 and until is not None)
-    return model, prompts, lengths, Plan(steps, capacity, one_by_one, aligned, sampler, tuple(stop), until, more)
+    settled = Plan(steps, capacity, one_by_one, aligned, sampler, tuple(stop), until, more)
+    return model, prompts, lengths, _keys(key, batch, sampler), settled
 
 
-def keys_for(key: Any, batch: int, sampler: Sampler) -> Key[Array, " batch"]:
+def _keys(key: Any, batch: int, sampler: Sampler) -> Key[Array, " batch"]:
     """A key for each sequence."""
     if key is None:
         if sampler.temperature != 0:
@@ -116,10 +117,16 @@ def keys_for(key: Any, batch: int, sampler: Sampler) -> Key[Array, " batch"]:
     return key
 
 
-def begin(model: PyTree, prompts: Prompts, lengths: Array, keys: Array, plan: Plan) -> Drawn:
-    """Runs the prompts and draws the first token of each sequence."""
+def begin(model: PyTree, prompts: Array, lengths: Array, keys: Array, plan: Plan) -> tuple[PyTree, Drawn]:
+    """Makes the model ready to be called many times, where it knows how; runs the prompts and draws the first tokens."""
     batch, p = prompts.shape
-    kept = shelves(model, prompts, plan)
+    stops = plan.until is not None
+    shapes = eqx.filter_eval_shape(lambda: model.cache(batch, p + plan.steps, stops=stops))
+    kept = [shelf for shelf in shapes.layout.shelves if shelf is not None]
+    # Each visit has a program by itself.
+    separate = sum(shelf.slots for shelf in kept) <= _FEW_SLOTS
+    if separate and hasattr(model, "apart"):
+        model = model.apart()
     piece = 1 if plan.sequential else p
     if any(shelf.window is not None for shelf in kept):
         piece = min(piece, _WINDOW_PIECE)
@@ -129,9 +136,9 @@ def begin(model: PyTree, prompts: Prompts, lengths: Array, keys: Array, plan: Pl
         batch,
         capacity,
         aligned=plan.aligned,
-        separate=few(kept),
+        separate=separate,
         trusted=True,
-        stops=plan.until is not None,
+        stops=stops,
         piece=max(piece, plan.more),
     )
     n = -(-p // piece)
@@ -163,7 +170,7 @@ def begin(model: PyTree, prompts: Prompts, lengths: Array, keys: Array, plan: Pl
         real = jnp.arange(p) < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], prompts].max(real)
     rounds = None if plan.until is None else jnp.full(batch, plan.until.most, jnp.int32)
-    return _draw(logits, cache, jnp.zeros(batch, bool), seen, rounds, keys, 0, plan)
+    return model, _draw(logits, cache, jnp.zeros(batch, bool), seen, rounds, keys, 0, plan)
 
 
 def after(model: PyTree, drawn: Drawn, keys: Array, i: Any, plan: Plan) -> Drawn:
@@ -185,26 +192,8 @@ def _draw(logits, cache, done, seen, rounds, keys, i, plan: Plan) -> Drawn:
     if seen is not None:
         seen = seen.at[jnp.arange(len(token)), token].max(~done)
     if plan.stop:
-        done = done | jnp.isin(token, jnp.asarray(plan.stop)) & ~done
+        done = done | jnp.isin(token, jnp.asarray(plan.stop))
     return Drawn(cache, token, chosen, rounds, done, seen)
-
-
-def shelves(model: PyTree, prompts: Prompts, plan: Plan) -> list[Shelf]:
-    """What the model keeps."""
-    stops = plan.until is not None
-    capacity = prompts.shape[1] + plan.steps
-    shapes = eqx.filter_eval_shape(lambda: model.cache(prompts.shape[0], capacity, stops=stops))
-    return [shelf for shelf in shapes.layout.shelves if shelf is not None]
-
-
-def few(kept: list[Shelf]) -> bool:
-    """Whether each visit has a program by itself."""
-    return sum(shelf.slots for shelf in kept) <= _FEW_SLOTS
-
-
-def ready(model: PyTree, prompts: Prompts, plan: Plan) -> PyTree:
-    """The model, made ready to be called many times, where it knows how."""
-    return model.apart() if few(shelves(model, prompts, plan)) and hasattr(model, "apart") else model
 
 
 def has_sequential(model: PyTree) -> bool:
@@ -212,6 +201,6 @@ def has_sequential(model: PyTree) -> bool:
     return any(loop.cache is not None and not loop.cache.parallel for loop in loops_of(model))
 
 
-def _model_key(keys: Array, i: Any) -> Array | None:
+def _model_key(keys: Array, i: Any) -> Array:
     """For starts that draw; of the first sequence, since one draw serves the whole batch."""
     return jr.fold_in(jr.fold_in(keys[0], 2**31 - 1), i)

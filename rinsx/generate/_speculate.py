@@ -16,7 +16,7 @@ from .._cache import Cache
 from .._check import at_least
 from .._loop import with_rounds
 from ._accept import accept
-from ._engine import begin, has_sequential, keys_for, Plan, plan, Prompts, ready
+from ._engine import begin, has_sequential, Plan, plan, Prompts
 from ._sampler import Sampler
 
 
@@ -93,11 +93,12 @@ def speculate(
     at_least(1, ahead=ahead)
     if sampler is not None and sampler.repetition_penalty is not None:
         raise ValueError("drafts are verified all at once, so there can be no repetition penalty")
-    model, prompts, lengths, settled = plan(
+    model, prompts, lengths, keys, settled = plan(
         model,
         prompts,
         steps=steps,
         sampler=sampler,
+        key=key,
         lengths=lengths,
         stop=stop,
         capacity=capacity,
@@ -108,15 +109,14 @@ def speculate(
     if has_sequential(model):
         raise ValueError("a loop has a sequential cache policy, which several tokens at once do not follow")
     draft = {name: operator.index(r) for name, r in draft.items()}
-    keys = keys_for(key, prompts.shape[0], settled.sampler)
     return _speculate(model, draft, prompts, lengths, keys, settled, ahead)
 
 
 @eqx.filter_jit
 def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> Speculation:
-    model = ready(model, prompts, plan)
+    model, first = begin(model, prompts, lengths, keys, plan)
+    # One set of matrices for both.
     shallow = with_rounds(model, **draft)
-    first = begin(model, prompts, lengths, keys, plan)
     batch = prompts.shape[0]
     row = jnp.arange(batch)
     # Room behind the end, for what is accepted beyond it.
@@ -137,9 +137,9 @@ def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> 
             token = plan.sampler.draw(probs, jax.vmap(jr.fold_in, (0, None))(here, j))
             return (cache, token), (token, probs)
 
-        (cache, _), (guesses, probs) = lax.scan(guess, (_leave(cache), token), jnp.arange(ahead))
+        (cache, _), (guesses, probs) = lax.scan(guess, (_with_rule(cache, "leave"), token), jnp.arange(ahead))
         guesses, probs = guesses.swapaxes(0, 1), probs.swapaxes(0, 1)
-        cache = _fill(cache).rewind(before)
+        cache = _with_rule(cache, "fill").rewind(before)
         hidden, cache = model.decode(jnp.concatenate([token[:, None], guesses], 1), cache)
         logits = model.logits(hidden)
         target = plan.sampler.log_probs(logits, None)
@@ -179,10 +179,6 @@ def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> 
     return Speculation(out[:, : plan.steps], counts, log_probs[:, : plan.steps], passes, drafted, accepted)
 
 
-def _leave(cache: Cache) -> Cache:
-    """The cache while drafts are made: what they leave unfilled is written again by the deep pass."""
-    return dataclasses.replace(cache, layout=dataclasses.replace(cache.layout, unfilled="leave"))
-
-
-def _fill(cache: Cache) -> Cache:
-    return dataclasses.replace(cache, layout=dataclasses.replace(cache.layout, unfilled="fill"))
+def _with_rule(cache: Cache, unfilled: str) -> Cache:
+    """The cache by another rule for rounds that are not run: what drafts leave unfilled is written again by the deep pass."""
+    return dataclasses.replace(cache, layout=dataclasses.replace(cache.layout, unfilled=unfilled))

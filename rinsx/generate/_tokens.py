@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._cache import Cache
-from ._engine import after, begin, Drawn, keys_for, Plan, plan, Prompts, ready, Rounds
+from ._engine import after, begin, Drawn, Plan, plan, Prompts, Rounds
 from ._sampler import Sampler
 
 
@@ -99,24 +99,24 @@ def tokens(
 
     `ValueError` for prompts, lengths, steps and capacity that do not fit each other.
     """
-    model, prompts, lengths, settled = plan(
+    model, prompts, lengths, keys, settled = plan(
         model,
         prompts,
         steps=steps,
         sampler=sampler,
+        key=key,
         lengths=lengths,
         stop=stop,
         capacity=capacity,
         rounds=rounds,
         prefill=prefill,
     )
-    return _tokens(model, prompts, lengths, keys_for(key, prompts.shape[0], settled.sampler), settled)
+    return _tokens(model, prompts, lengths, keys, settled)
 
 
 @eqx.filter_jit
 def _tokens(model: PyTree, prompts: Array, lengths: Array, keys: Array, plan: Plan) -> Generation:
-    model = ready(model, prompts, plan)
-    drawn = begin(model, prompts, lengths, keys, plan)
+    model, drawn = begin(model, prompts, lengths, keys, plan)
     batch = prompts.shape[0]
     row = lambda x: None if x is None else jnp.zeros((batch, plan.steps), x.dtype).at[:, 0].set(x)
     out = (row(drawn.token), row(drawn.log_prob), row(drawn.rounds))
@@ -170,24 +170,23 @@ def stream(
 
     An iterator of [`rinsx.generate.Token`][]. It ends once all sequences have.
     """
-    model, prompts, lengths, settled = plan(
+    model, prompts, lengths, keys, settled = plan(
         model,
         prompts,
         steps=steps,
         sampler=sampler,
+        key=key,
         lengths=lengths,
         stop=stop,
         capacity=capacity,
         rounds=rounds,
         prefill=prefill,
     )
-    keys = keys_for(key, prompts.shape[0], settled.sampler)
     return _stream(model, prompts, lengths, keys, settled)
 
 
 def _stream(model, prompts, lengths, keys, plan) -> Iterator[Token]:
-    model = _ready(model, prompts, plan)
-    drawn = _begin(model, prompts, lengths, keys, plan)
+    model, drawn = _begin(model, prompts, lengths, keys, plan)
     for i in range(1, plan.steps + 1):
         yield Token(drawn.token, drawn.log_prob, drawn.rounds, drawn.done)
         if i == plan.steps or (plan.stop and bool(jnp.all(drawn.done))):
@@ -196,7 +195,6 @@ def _stream(model, prompts, lengths, keys, plan) -> Iterator[Token]:
         drawn = _after((model, kept, keys, jnp.int32(i), plan), drawn.cache)
 
 
-_ready = eqx.filter_jit(ready)
 _begin = eqx.filter_jit(begin)
 
 
