@@ -386,7 +386,7 @@ def train(
         "bits_per_byte": bits_per_byte(nats, size),
         "at_depth": {str(r): bits_per_byte(*pair) for r, pair in found.items()},
         "windows": {"nats": [float(x) for x in nats], "bytes": [float(x) for x in size]},
-        "curve": _curve(metrics),
+        "curve": curve_of(metrics, "bits_per_byte"),
         "seconds": run.seconds,
         "wall": trained,
     }
@@ -397,7 +397,7 @@ def train(
     return result
 
 
-def _curve(metrics: pathlib.Path) -> list[list[float]]:
-    """The points at which a run was evaluated: step and bits per byte."""
+def curve_of(metrics: pathlib.Path, name: str) -> list[list[float]]:
+    """The points at which a run was evaluated: step and a metric."""
     lines = map(json.loads, metrics.read_text("utf-8").splitlines())
-    return [[line["step"], line["bits_per_byte"]] for line in lines if "bits_per_byte" in line]
+    return [[line["step"], line[name]] for line in lines if name in line]

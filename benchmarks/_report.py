@@ -20,7 +20,8 @@ from rich.table import Table
 class Live:
     """Shows what every worker is at; plain lines where there is no terminal."""
 
-    def __init__(self):
+    def __init__(self, unit: str = "tokens"):
+        self.unit = unit
         self.console = Console()
         self.live = RichLive(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
         self.begin = self.last = time.perf_counter()
@@ -47,7 +48,7 @@ class Live:
         worked = done - self.at_start + part
         left = (total - done - part) * (now - self.begin) / worked if worked > 0 else math.nan
         table = Table(title=f"{done} of {total} runs, {minutes(now - self.begin)} passed, {minutes(left)} left")
-        for column in ("arm", "seed", "done", "loss, nats", "tokens/s", "GFLOP/s"):
+        for column in ("arm", "seed", "done", "loss, nats", f"{self.unit}/s", "GFLOP/s"):
             table.add_column(column, justify="left" if column == "arm" else "right")
         for worker in workers:
             if worker.job is None:

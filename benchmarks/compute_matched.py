@@ -11,17 +11,16 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
-import threading
 import time
 from typing import Any, Literal
 
+import _workers
 import tyro
 
 
-HERE = pathlib.Path(__file__).parent
-TUNED = HERE / "tuned.json"
+SCRIPT = pathlib.Path(__file__)
+TUNED = SCRIPT.parent / "tuned.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,103 +134,28 @@ def rates(options: Options, setting: Any, names: list[str]) -> dict[str, float]:
     return {name: near["best"].get(name, near["best"].get(name.partition(", ")[0], usual)) for name in names}
 
 
-#
-# The worker: trains what it is told, one job after the other.
-#
-
-
 def work() -> None:
-    """Reads jobs from standard input, a line of JSON each; answers with lines of progress and results."""
-    if "RINSX_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-        # One core for each worker, before JAX counts them and starts as many threads.
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(os.environ["RINSX_WORKER"]) % len(cores)]})
+    """Trains what the parent says."""
+    _workers.pin()
     from _arms import Arm, Setting, train
 
-    import rinsx as rx
-
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    class Report(rx.train.AbstractLog):
-        def write(self, step, metrics):
-            if "loss" in metrics:
-                seen = {
-                    name: metrics.get(name) for name in ("loss", "fraction", "tokens_per_second", "flops_per_second")
-                }
-                answers.write(json.dumps({"step": step, **seen}) + "\n")
-
-        def close(self):
-            pass
-
-    for line in sys.stdin:
-        job = json.loads(line)
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job["setting"].items()}
-        setting = Setting(**given)
-        checkpoints = None if job["checkpoints"] is None else pathlib.Path(job["checkpoints"])
-        try:
-            result = train(
-                Arm(**job["arm"]),
-                setting,
-                job["row"],
-                job["seed"],
-                job["rate"],
-                logs=[Report()],
-                metrics=pathlib.Path(job["metrics"]),
-                checkpoints=checkpoints,
-                every=job["every"],
-                tuning=job["tuning"],
-                keep=None if job["keep"] is None else pathlib.Path(job["keep"]),
-            )
-        except Exception as error:
-            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
-            raise
-        answers.write(json.dumps({"result": result}) + "\n")
-
-
-class Worker:
-    """A process that trains, and what it last said."""
-
-    def __init__(self, number: int, alone: bool):
-        environment = dict(os.environ)
-        if not alone:
-            environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-            environment.update(OMP_NUM_THREADS="1", JAX_PLATFORMS="cpu", RINSX_WORKER=str(number))
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "compute_matched.py"), "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
+    def one(job: dict[str, Any], logs: list[Any]) -> dict[str, Any]:
+        path = lambda name: None if job[name] is None else pathlib.Path(job[name])
+        return train(
+            Arm(**job["arm"]),
+            Setting(**_workers.settings(job["setting"])),
+            job["row"],
+            job["seed"],
+            job["rate"],
+            logs=logs,
+            metrics=pathlib.Path(job["metrics"]),
+            checkpoints=path("checkpoints"),
+            every=job["every"],
+            tuning=job["tuning"],
+            keep=path("keep"),
         )
-        self.job: dict[str, Any] | None = None
-        self.seen: dict[str, Any] = {}
 
-    def do(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The result of a job; what the worker says on the way is in `seen`."""
-        self.job, self.seen = job, {}
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            said = json.loads(line)
-            if "error" in said:
-                raise RuntimeError(f"{job['arm']['name']}, seed {job['seed']}: {said['error']}")
-            if "result" in said:
-                self.job = None
-                return said["result"]
-            self.seen = said
-        raise RuntimeError(f"{job['arm']['name']}, seed {job['seed']}: the worker ended with {self.process.wait()}")
-
-    def stop(self) -> None:
-        """Lets the process save what it has, if it saves anything, and ends it."""
-        self.process.terminate()
-        self.process.wait()
-
-
-#
-# The parent: plans, hands out jobs, shows progress.
-#
+    _workers.work(one)
 
 
 def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[str, Any]]]:
@@ -267,68 +191,6 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
     return arms, planned, jobs
 
 
-def run_all(options: Options, jobs: list[dict[str, Any]], show: Any) -> list[dict[str, Any]]:
-    """The results of all runs, those of earlier calls included."""
-    folder = options.output / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = lambda job: folder / f"{job['name']}.json"
-    todo: dict[str, list[dict[str, Any]]] = {}
-    for job in jobs:
-        if not path(job).exists():
-            todo.setdefault(job["arm"]["name"], []).append(job)
-    groups = list(todo.values())
-    lock = threading.Lock()
-    number = max(min(options.workers or _default_workers(), sum(map(len, groups))), 1)
-    workers = [Worker(i, alone=number == 1) for i in range(number)] if todo else []
-    begun: list[list[dict[str, Any]]] = []
-    failed: list[BaseException] = []
-
-    def take(group: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
-        # Runs of one arm go to one worker, which compiles once; who has nothing left helps where most is left.
-        with lock:
-            if not group and groups:
-                group = groups.pop(0)
-                begun.append(group)
-            group = group or max(begun, key=len, default=[])
-            return (group, group.pop(0)) if group else None
-
-    def serve(worker: Worker) -> None:
-        try:
-            group: list[dict[str, Any]] = []
-            while not failed and (job := take(group)) is not None:
-                group = job[0]
-                result = worker.do(job[1])
-                staged = path(job[1]).with_suffix(".new")
-                staged.write_text(json.dumps(result), "utf-8")
-                os.replace(staged, path(job[1]))
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
-    try:
-        for thread in threads:
-            thread.start()
-        done = lambda: sum(path(job).exists() for job in jobs)
-        while any(thread.is_alive() for thread in threads) and not failed:
-            show(done(), len(jobs), workers)
-            time.sleep(0.5)
-        show(done(), len(jobs), workers)
-    finally:
-        for worker in workers:
-            worker.stop()
-    if failed:
-        raise SystemExit(str(failed[0]))
-    return [json.loads(path(job).read_text("utf-8")) for job in jobs]
-
-
-def _default_workers() -> int:
-    import jax
-
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main() -> None:
     """The command."""
     if sys.argv[1:] == ["--worker"]:
@@ -345,7 +207,7 @@ def main() -> None:
     arms, planned, jobs = jobs_of(options, setting)
     print(planned)
     with _report.Live() as show:
-        results = run_all(options, jobs, show)
+        results = _workers.run_all(SCRIPT, options.output / "runs", jobs, show, options.workers)
     if options.tune:
         _report.tuned(options, setting, arms, results)
     else:

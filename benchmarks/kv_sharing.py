@@ -22,6 +22,7 @@ from _statistics import differences
 from typing import Any
 
 import _report
+import _workers
 import compute_matched
 import equinox as eqx
 import jax
@@ -333,7 +334,7 @@ def main() -> None:
             # A result without its model, as compute_matched.py leaves it, is of no use here.
             (options.output / "runs" / f"{job['name']}.json").unlink(missing_ok=True)
     with _report.Live() as show:
-        results = compute_matched.run_all(options, jobs, show)
+        results = _workers.run_all(compute_matched.SCRIPT, options.output / "runs", jobs, show, options.workers)
     inference = {}
     for name in (*AT_INFERENCE, "per visit"):
         print(f"at inference: {name}", flush=True)

@@ -29,6 +29,6 @@ __version__ = version("rinsx")
 
 def __getattr__(name: str):
     # What needs more than the required dependencies is imported when it is first asked for.
-    if name in ("data", "train"):
+    if name in ("data", "pretrained", "train", "transfer"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

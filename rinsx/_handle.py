@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._causal import causal_attention, Segments, visible
+from ._attend import attention, Segments, visible
 
 
 Heads = Float[Array, "*batch heads t dim"]
@@ -25,15 +25,25 @@ class AbstractHandle(eqx.Module):
 
     @abc.abstractmethod
     def attend(
-        self, q: Heads, k: Groups, v: Groups, *, segments: Segments | None = None, window: int | None = None
+        self,
+        q: Heads,
+        k: Groups,
+        v: Groups,
+        *,
+        segments: Segments | None = None,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Heads, "AbstractHandle"]:
         """Appends keys and values, and attends to all of this visit, each position to itself and earlier ones.
+
+        Without `causal` each position attends to all, as in an encoder: nothing is kept then, and there is no decoding.
 
         **Arguments:**
 
         - `q`: `[*batch, heads, t, dim]`, of the next `t` positions.
         - `k`, `v`: `[*batch, groups, t, dim]`; `heads` is a multiple of `groups`.
         - `segments`: the document of each position, in training; attention stays within it.
+        - `causal`: whether a position attends to itself and earlier ones only.
         - `window`: attend to the last `window` positions only, oneself included.
 
         **Returns:**
@@ -83,8 +93,8 @@ class Plain(AbstractHandle):
     keys: Any = None
     values: Any = None
 
-    def attend(self, q, k, v, *, segments=None, window=None):
-        return causal_attention(q, k, v, segments, window=window), self
+    def attend(self, q, k, v, *, segments=None, causal=True, window=None):
+        return attention(q, k, v, segments, causal=causal, window=window), self
 
     def append(self, k, v, *, window=None):
         return Plain(k, v)
@@ -100,6 +110,15 @@ class Plain(AbstractHandle):
 
     def close(self, x):
         return x
+
+
+def only_causal(causal: bool) -> None:
+    """Refuses to keep what encoders attend to."""
+    if not causal:
+        raise ValueError(
+            "only causal attention keeps keys and values, for later tokens or rounds: a block that attends with causal=False "
+            "takes no cache, and its loop no policy."
+        )
 
 
 class Stream(eqx.Module):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from ._attend import attention, visible
 from ._cache import Cache, cut, cut_marks, read, replaced, scalar, Shelf, start_of, write
-from ._causal import causal_attention, visible
-from ._handle import AbstractHandle, Stream
+from ._handle import AbstractHandle, only_causal, Stream
 
 
 class Known(eqx.Module):
@@ -86,17 +86,18 @@ class Line(AbstractHandle):
         """The handle of a stack whose layers are all done."""
         return dataclasses.replace(self, appended=True)
 
-    def attend(self, q, k, v, *, segments=None, window=None):
+    def attend(self, q, k, v, *, segments=None, causal=True, window=None):
         layout = self.cache.layout
         if self.width == 0:
             # A block that shares nothing, in a forward pass of all positions.
-            return causal_attention(q, k, v, segments, window=window), self
+            return attention(q, k, v, segments, causal=causal, window=window), self
+        only_causal(causal)
         if segments is not None and not layout.whole:
             raise ValueError("a cache holds one document for each sequence: leave out segments=")
         line = self.append(k, v, window=window)
         if layout.whole:
             keys, values = (line._slot(b[self.block]) for b in (line.cache.keys, line.cache.values))
-            return causal_attention(q, keys, values, segments, window=window), line
+            return attention(q, keys, values, segments, window=window), line
         return line._attend(q, window), line
 
     def _slot(self, buffers):

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from ._cache import Cache, Layout, Shelf
 from ._check import at_least
-from ._handle import AbstractHandle, Stream
+from ._handle import AbstractHandle, only_causal, Stream
 from ._line import handed_back
 from ._lines import policy_of, taken
 from ._policy import PerVisit
@@ -162,7 +162,8 @@ class _Listener(AbstractHandle):
             self.notes.heard.append(kept)
         return self
 
-    def attend(self, q, k, v, *, segments=None, window=None):
+    def attend(self, q, k, v, *, segments=None, causal=True, window=None):
+        only_causal(causal)
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), self.append(k, v, window=window)
 
     def fold(self, step, carry, *, window=None):

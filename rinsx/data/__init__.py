@@ -1,4 +1,4 @@
-"""Data for language models: from a corpus to batches that are the same on every run.
+"""Data for models of language and of images: from a corpus to batches that are the same on every run.
 
 A corpus goes through five steps, each a function or a class.
 
@@ -21,12 +21,24 @@ A corpus goes through five steps, each a function or a class.
         break
     ```
 
-It needs `pip install 'rinsx[train]'`.
+Images go another way, of four steps: a source of rows with random access, such as [`rinsx.data.digits`][] or
+[`rinsx.data.image_parquet`][]; [`rinsx.data.Pixels`][] and [`rinsx.data.Captions`][], which say what becomes of image and text;
+[`rinsx.data.Pairs`][], which puts these together; and the same `split`, `mix`, `batches` and `evaluation`.
+
+It needs `pip install 'rinsx[train]'`, and for images `pip install 'rinsx[train,vision]'`.
 """
 
+from ._captions import Captions as Captions
+from ._digits import digits as digits
 from ._hub import huggingface as huggingface
+from ._image_folder import image_folder as image_folder
+from ._image_tables import image_huggingface as image_huggingface, image_parquet as image_parquet
+from ._image_tar import image_tar as image_tar
+from ._images import AbstractImages as AbstractImages, Example as Example
 from ._loader import batches as batches, evaluation as evaluation
 from ._mixture import mix as mix
+from ._pairs import Pairs as Pairs
+from ._pixels import Pixels as Pixels
 from ._records import jsonl as jsonl, parquet as parquet
 from ._sources import AbstractSource as AbstractSource, documents as documents, text as text
 from ._split import split as split
@@ -38,16 +50,26 @@ from ._windows import Windows as Windows
 
 
 __all__ = [
+    "AbstractImages",
     "AbstractSource",
     "AbstractTokenizer",
     "BPE",
     "Bytes",
+    "Captions",
+    "Example",
+    "Pairs",
+    "Pixels",
     "Tokens",
     "Windows",
     "batches",
+    "digits",
     "documents",
     "evaluation",
     "huggingface",
+    "image_folder",
+    "image_huggingface",
+    "image_parquet",
+    "image_tar",
     "jsonl",
     "mix",
     "parquet",

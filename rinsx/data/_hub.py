@@ -44,14 +44,20 @@ def huggingface(name: Any, split: str | None = None, column: str = "text", **kwa
 
     `ValueError` if the split or the column does not exist. When the documents are read, `TypeError` with the row, if it is no text.
     """
+    loaded, shown = load("huggingface", name, split, kwargs)
+    if column not in loaded.column_names:
+        raise ValueError(f"{shown}: there is no column {column!r}; the columns are {loaded.column_names}")
+    return _HuggingFace(loaded.select_columns([column]).with_format(None), column, shown)
+
+
+def load(function: str, name: Any, split: str | None, kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """A `datasets.Dataset`, and what it is called in messages."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("rx.data.huggingface needs the `datasets` library: pip install 'rinsx[hub]'") from error
+        raise ImportError(f"rx.data.{function} needs the `datasets` library: pip install 'rinsx[hub]'") from error
     if kwargs.get("streaming"):
-        raise ValueError(
-            "streaming=True is not possible: a corpus is read more than once, to see whether it has changed"
-        )
+        raise ValueError("streaming=True is not possible: rows are read more than once, and images in any order")
     shown, loaded = str(name), name
     if isinstance(name, str | os.PathLike):
         if _saved(pathlib.Path(name)):
@@ -77,9 +83,7 @@ def huggingface(name: Any, split: str | None = None, column: str = "text", **kwa
         raise ValueError(f"{shown} has no splits; got split={split!r}")
     if not isinstance(loaded, datasets.Dataset):
         raise TypeError(f"`name` must be a name, a folder, or a `datasets.Dataset`; got {type(loaded).__name__}")
-    if column not in loaded.column_names:
-        raise ValueError(f"{shown}: there is no column {column!r}; the columns are {loaded.column_names}")
-    return _HuggingFace(loaded.select_columns([column]).with_format(None), column, shown)
+    return loaded, shown
 
 
 def _saved(path: pathlib.Path) -> bool:

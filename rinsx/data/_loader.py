@@ -1,4 +1,4 @@
-"""Batches: windows in a shuffled order, cut among processes, as grain datasets whose state is one integer."""
+"""Batches: windows or pairs in a shuffled order, cut among processes, as grain datasets whose state is one integer."""
 
 import operator
 import sys
@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from ._mixture import Mixture
+from ._pairs import Pairs
 from ._windows import Batch, Windows
 
 
 def batches(
-    windows: Windows | Mixture,
+    windows: Windows | Pairs | Mixture,
     batch_size: int,
     *,
     seed: int = 0,
@@ -22,6 +23,7 @@ def batches(
     epochs: int | None = None,
     shard: tuple[int, int] | None = None,
     prefetch: int = 0,
+    threads: int = 1,
 ) -> grain.IterDataset:
     """Batches to train on, deterministic, shuffled anew in every epoch.
 
@@ -29,6 +31,9 @@ def batches(
     `set_state(state)` on a new iterator goes on with the batch that would have come. Epochs follow each other without a
     gap: a batch can have the end of one and the beginning of the next. Only with `epochs` is something dropped: the windows
     after the last full batch.
+
+    Of pairs, what is random in a row, which is crop, flip and template, comes from `seed`, the number of the epoch and the
+    number of the row. It is drawn with `shuffle=False` too.
 
     With several processes each one gets its rows of every batch. Put together in the order of the processes, they are the
     batch of one process.
@@ -52,23 +57,30 @@ def batches(
 
     **Arguments:**
 
-    - `windows`: [`rinsx.data.Windows`][] or the result of [`rinsx.data.mix`][].
+    - `windows`: [`rinsx.data.Windows`][], [`rinsx.data.Pairs`][], or the result of [`rinsx.data.mix`][].
     - `batch_size`: the rows of a batch, over all processes.
-    - `seed`: an integer from 0, for the order. Runs with the same seed see the same data.
+    - `seed`: an integer from 0, for the order and for what pairs draw. Runs with the same seed see the same data.
     - `shuffle`: whether the windows are shuffled; otherwise they come in order.
     - `epochs`: how often all windows are gone through; `None` is without end.
-    - `shard`: `(index, count)`, which of how many processes this one is; by default as JAX says. `count` must divide `batch_size`.
-    - `prefetch`: how many batches a thread in the background prepares ahead of time; 0 is none. The state of an iterator
+    - `shard`: `(index, count)`, which of how many processes this one is; by default as JAX says. `count` must divide
+        `batch_size`.
+    - `prefetch`: how many batches are prepared ahead of time in the background; 0 is none. The state of an iterator
         counts only what was handed out. Call the iterator's `close()` when done.
+    - `threads`: how many threads prepare them, each a whole batch at a time, so at most `prefetch`. Batches come in the
+        same order. It helps where images are decoded.
 
     **Returns:**
 
-    A `grain.IterDataset` of dicts of arrays `[batch_size // count, length]`, as in [`rinsx.data.Windows`][].
+    A `grain.IterDataset` of dicts of arrays: `[batch_size // count, length]`, as in [`rinsx.data.Windows`][]; or
+    `[batch_size // count, ...]`, as in [`rinsx.data.Pairs`][].
 
     **Raises:**
 
-    `ValueError` if a number is out of range, or not one batch is full.
+    `TypeError` for a source of images without [`rinsx.data.Pairs`][]. `ValueError` if a number is out of range, or not one
+    batch is full.
     """
+    if not isinstance(windows, Windows | Pairs | Mixture):
+        raise TypeError(f"`windows` must be `rx.data.Windows`, `rx.data.Pairs` or a mixture of these; got {windows!r}")
     if seed < 0:
         raise ValueError(f"`seed` must be an integer from 0; got {seed}")
     if epochs is not None and epochs < 1:
@@ -76,16 +88,21 @@ def batches(
     rows = _rows(batch_size, shard)
     if epochs is not None and epochs * len(windows) < batch_size:
         raise ValueError(
-            f"{windows!r} has {len(windows)} windows: {epochs} epoch(s) do not fill one batch of {batch_size}"
+            f"{windows!r} has {len(windows)} {_called(windows)}: {epochs} epoch(s) do not fill one batch of {batch_size}"
         )
     steps = sys.maxsize // batch_size if epochs is None else epochs * len(windows) // batch_size
-    return _dataset(_Training(windows, batch_size, rows, seed, shuffle, steps), prefetch)
+    return _dataset(_Training(windows, batch_size, rows, seed, shuffle, steps), prefetch, threads)
 
 
 def evaluation(
-    windows: Windows, batch_size: int, *, shard: tuple[int, int] | None = None, prefetch: int = 0
+    windows: Windows | Pairs,
+    batch_size: int,
+    *,
+    shard: tuple[int, int] | None = None,
+    prefetch: int = 0,
+    threads: int = 1,
 ) -> grain.IterDataset:
-    """Batches to evaluate on: every window once, in order.
+    """Batches to evaluate on: every window or pair once, in order. Of pairs nothing is random.
 
     All batches have the same shape. The last one is filled up with rows of weight 0.
 
@@ -102,16 +119,18 @@ def evaluation(
 
     **Arguments:**
 
-    - `windows`: [`rinsx.data.Windows`][], with `drop_last=False` where all tokens are to count.
-    - `batch_size`, `shard`, `prefetch`: as in [`rinsx.data.batches`][].
+    - `windows`: [`rinsx.data.Windows`][], with `drop_last=False` where all tokens are to count; or [`rinsx.data.Pairs`][].
+    - `batch_size`, `shard`, `prefetch`, `threads`: as in [`rinsx.data.batches`][].
 
     **Returns:**
 
     A `grain.IterDataset` of as many batches as it takes.
     """
-    if not isinstance(windows, Windows):
-        raise TypeError(f"`windows` must be `rx.data.Windows`: a mixture is evaluated part by part; got {windows!r}")
-    return _dataset(_Evaluation(windows, batch_size, _rows(batch_size, shard)), prefetch)
+    if not isinstance(windows, Windows | Pairs):
+        raise TypeError(
+            f"`windows` must be `rx.data.Windows` or `rx.data.Pairs`: a mixture is evaluated part by part; got {windows!r}"
+        )
+    return _dataset(_Evaluation(windows, batch_size, _rows(batch_size, shard)), prefetch, threads)
 
 
 def _rows(batch_size: int, shard: tuple[int, int] | None) -> range:
@@ -124,10 +143,14 @@ def _rows(batch_size: int, shard: tuple[int, int] | None) -> range:
     return range(index * batch_size // count, (index + 1) * batch_size // count)
 
 
-def _dataset(source: "_Training | _Evaluation", prefetch: int) -> grain.IterDataset:
+def _dataset(source: "_Training | _Evaluation", prefetch: int, threads: int) -> grain.IterDataset:
     if prefetch < 0:
         raise ValueError(f"`prefetch` must be 0 or a number of batches; got {prefetch}")
-    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    if not 1 <= threads <= max(prefetch, 1):
+        raise ValueError(
+            f"`threads` must be from 1 to `prefetch`, since each prepares a batch; got threads={threads}, prefetch={prefetch}"
+        )
+    options = grain.ReadOptions(num_threads=min(prefetch, threads), prefetch_buffer_size=prefetch)
     return grain.MapDataset.source(source).to_iter_dataset(options)
 
 
@@ -135,11 +158,20 @@ def _dataset(source: "_Training | _Evaluation", prefetch: int) -> grain.IterData
 class _Training:
     """A sequence of batches. Element `s` is computed from `s` alone."""
 
-    def __init__(self, windows: Windows | Mixture, batch_size: int, rows: range, seed: int, shuffle: bool, steps: int):
+    def __init__(
+        self,
+        windows: Windows | Pairs | Mixture,
+        batch_size: int,
+        rows: range,
+        seed: int,
+        shuffle: bool,
+        steps: int,
+    ):
         self._windows = windows
         self._batch_size = batch_size
         self._rows = rows
-        self._seed = seed if shuffle else None
+        self._seed = seed
+        self._shuffle = shuffle
         self._steps = steps
 
     def __len__(self) -> int:
@@ -150,13 +182,13 @@ class _Training:
 
     def __getitem__(self, index: SupportsIndex) -> Batch:
         begin = operator.index(index) * self._batch_size
-        chosen = [_pick(self._windows, begin + row, self._seed, ()) for row in self._rows]
+        chosen = [_pick(self._windows, begin + row, self._seed, self._shuffle, ()) for row in self._rows]
         return _gather(chosen)
 
 
 @final
 class _Evaluation:
-    def __init__(self, windows: Windows, batch_size: int, rows: range):
+    def __init__(self, windows: Windows | Pairs, batch_size: int, rows: range):
         self._windows = windows
         self._batch_size = batch_size
         self._rows = rows
@@ -171,30 +203,49 @@ class _Evaluation:
         begin = operator.index(index) * self._batch_size
         index = begin + np.array(self._rows)
         beyond = index >= len(self._windows)
+        if isinstance(self._windows, Pairs):
+            # No image is decoded, or counted, to fill up a batch.
+            batch, blank = self._windows.take(index[~beyond]), self._windows.blank(int(beyond.sum()))
+            return {key: np.concatenate([value, blank[key]]) for key, value in batch.items()} if beyond.any() else batch
         batch = self._windows.take(np.where(beyond, 0, index))
         batch["weights"][beyond] = 0
         return batch
 
 
-def _pick(windows: Windows | Mixture, index: int, seed: int | None, path: tuple[int, ...]) -> tuple[Windows, int]:
-    """Which window comes at place `index` of the endless order."""
+# A window or pair that was picked: of what, its number, and what its row draws from.
+_Picked = tuple[Windows | Pairs, int, tuple[int, ...]]
+
+
+def _pick(windows: Windows | Pairs | Mixture, index: int, seed: int, shuffle: bool, path: tuple[int, ...]) -> _Picked:
+    """Which window or pair comes at place `index` of the endless order."""
     if isinstance(windows, Mixture):
         part, index = windows.locate(index)
-        return _pick(windows.parts[part], index, seed, (*path, part))
+        return _pick(windows.parts[part], index, seed, shuffle, (*path, part))
     epoch, index = divmod(index, len(windows))
-    if seed is not None and len(windows) > 1:
+    if shuffle and len(windows) > 1:
         # Mixed, not added: with `seed + epoch`, epoch 1 of one seed would be epoch 0 of the next.
         mixed = int(np.random.SeedSequence([seed, epoch, *path]).generate_state(1)[0])
         index = grain.experimental.index_shuffle(index, max_index=len(windows) - 1, seed=mixed, rounds=4)
-    return windows, index
+    return windows, index, (seed, epoch, *path)
 
 
-def _gather(chosen: Sequence[tuple[Windows, int]]) -> Batch:
+def _called(windows: Windows | Pairs | Mixture) -> str:
+    """What the elements are called."""
+    while isinstance(windows, Mixture):
+        windows = windows.parts[0]
+    return "pairs" if isinstance(windows, Pairs) else "windows"
+
+
+def _gather(chosen: Sequence[_Picked]) -> Batch:
     """The rows of a batch, those of each corpus read at once."""
     rows: dict[int, list[int]] = {}
-    for row, (windows, _) in enumerate(chosen):
+    for row, (windows, _, _) in enumerate(chosen):
         rows.setdefault(id(windows), []).append(row)
-    taken = [chosen[group[0]][0].take([chosen[row][1] for row in group]) for group in rows.values()]
+    taken = []
+    for group in rows.values():
+        windows, indices = chosen[group[0]][0], [chosen[row][1] for row in group]
+        draws = [chosen[row][2] for row in group]
+        taken.append(windows.take(indices, draws) if isinstance(windows, Pairs) else windows.take(indices))
     if len(taken) == 1:
         return taken[0]
     order = np.argsort(np.concatenate(list(rows.values())))

@@ -1,18 +1,19 @@
-"""Mixtures of windows with weights."""
+"""Mixtures of windows, or of pairs, with weights."""
 
 import operator
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
-from typing import final, SupportsIndex
+from typing import Any, final, SupportsIndex
 
 import numpy as np
 
 from .._check import rational
-from ._windows import Batch, Windows
+from ._pairs import Pairs
+from ._windows import Windows
 
 
-def mix(parts: Sequence["Windows | Mixture"], weights: Sequence[Fraction | int | float | str]) -> "Mixture":
+def mix(parts: Sequence["Windows | Pairs | Mixture"], weights: Sequence[Fraction | int | float | str]) -> "Mixture":
     """Mixes corpora: windows of each, in proportion to its weight.
 
     The order is fixed: among the first `n` windows of a mixture of two, each has its share of `n`, rounded; with more
@@ -31,8 +32,10 @@ def mix(parts: Sequence["Windows | Mixture"], weights: Sequence[Fraction | int |
 
     **Arguments:**
 
-    - `parts`: [`rinsx.data.Windows`][] of one length and one vocabulary, or other mixtures.
-    - `weights`: for each part its share of the windows, and so of the tokens: positive, with any sum.
+    - `parts`: [`rinsx.data.Windows`][] of one length and one vocabulary, or other mixtures of these. Or
+        [`rinsx.data.Pairs`][] with images of one size, captions of one length and vocabulary, and the same classes if they have
+        labels (`labels=False` leaves labels out), or other mixtures of these.
+    - `weights`: for each part its share of the windows, and so of the tokens, or of the pairs: positive, with any sum.
 
     **Returns:**
 
@@ -51,15 +54,15 @@ def mix(parts: Sequence["Windows | Mixture"], weights: Sequence[Fraction | int |
         )
     if min(shares) <= 0:
         raise ValueError(f"`weights` must be positive; got {list(weights)}. Leave out a part that is not wanted.")
+    first = _layout(parts[0])
     for part in parts:
-        for what, want, got in (
-            ("windows of one length", parts[0].length, part.length),
-            ("one vocabulary", parts[0].vocab_size, part.vocab_size),
-            ("one `end`", parts[0].end, part.end),
-        ):
-            if want != got:
+        layout = _layout(part)
+        if layout.keys() != first.keys():
+            raise ValueError(f"windows and pairs cannot be mixed with each other; got {parts[0]} and {part}")
+        for what, want in first.items():
+            if want != layout[what]:
                 raise ValueError(
-                    f"the parts of a mixture must have {what}; got {want} and {got}: {parts[0]} and {part}"
+                    f"the parts of a mixture must have {what}; got {want} and {layout[what]}: {parts[0]} and {part}"
                 )
     scale = lcm(*(share.denominator for share in shares))
     whole = [int(share * scale) for share in shares]
@@ -67,16 +70,22 @@ def mix(parts: Sequence["Windows | Mixture"], weights: Sequence[Fraction | int |
     return Mixture(parts, tuple(weight // divisor for weight in whole))
 
 
+def _layout(part: "Windows | Pairs | Mixture") -> dict[str, Any]:
+    """What the parts of a mixture must agree in, by what it is called."""
+    if isinstance(part, Mixture):
+        return _layout(part.parts[0])
+    if isinstance(part, Pairs):
+        return part.layout
+    return {"windows of one length": part.length, "one vocabulary": part.vocab_size, "one `end`": part.end}
+
+
 @final
 class Mixture:
     """The result of [`rinsx.data.mix`][]. `weights` are integers without a common divisor."""
 
-    def __init__(self, parts: tuple["Windows | Mixture", ...], weights: tuple[int, ...]):
+    def __init__(self, parts: tuple["Windows | Pairs | Mixture", ...], weights: tuple[int, ...]):
         self.parts = parts
         self.weights = weights
-        self.length: int = parts[0].length
-        self.vocab_size: int = parts[0].vocab_size
-        self.end: int = parts[0].end
         # The first window that would need a part again, by bisection: what a part has given never falls.
         low, high = (
             0,
@@ -94,8 +103,8 @@ class Mixture:
     def __repr__(self) -> str:
         return f"mix([{', '.join(map(repr, self.parts))}], {list(self.weights)})"
 
-    def __getitem__(self, index: SupportsIndex) -> Batch:
-        """Window `index` of the unshuffled mixture."""
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """Window or pair `index` of the unshuffled mixture."""
         part, inner = self.locate(operator.index(index))
         return self.parts[part][inner % len(self.parts[part])]
 

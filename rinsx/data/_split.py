@@ -2,30 +2,38 @@
 
 import dataclasses
 from fractions import Fraction
-from typing import Literal
+from typing import Any, cast, Literal, TypeVar
 
 import numpy as np
 
 from .._check import rational
+from ._images import AbstractImages
+from ._pairs import Pairs
 from ._tokens import Tokens
 
 
+_Rows = TypeVar("_Rows", Tokens, AbstractImages, Pairs)
+
+
 def split(
-    tokens: Tokens,
+    tokens: _Rows,
     fraction: Fraction | int | float | str = "1/20",
     *,
     by: Literal["document"] | int = "document",
     seed: int = 0,
-) -> tuple[Tokens, Tokens]:
-    """Splits a corpus in two. Every token is in exactly one part, and nothing is copied.
+) -> tuple[_Rows, _Rows]:
+    """Splits a corpus, or images, in two. Every token is in exactly one part, and nothing is copied.
 
     - `by="document"`: each document is wholly in one part. Held out are `fraction` of the documents, rounded, and at least one.
         Which ones depends on `seed` and on the number of documents.
     - `by=n`: each document is cut into chunks of `n` tokens, the last one shorter, and loses `fraction` of them. Where that is no
-        integer, it is rounded up or down at random, so that the expected number is exact: a document of 50 chunks loses 1% of them
-        as one chunk with probability 1/2. Which ones depends on `seed` and on the document's number and length,
+        integer, it is rounded up or down at random, so that the expected number is exact: a document of 50 chunks loses 1%
+        of them as one chunk with probability 1/2. Which ones depends on `seed` and on the document's number and length,
         not on other documents. Chunks side by side stay one piece. A piece is a span of its own: no
         window crosses the hole beside it, and its first token is predicted from `end`.
+
+    Images, whether a source or pairs, are split like documents: by row. What is split can be in classes; their shares are
+    not kept exact.
 
     A part can be split again, into training, validation and test: documents that it has pieces of stay together.
 
@@ -43,14 +51,15 @@ def split(
 
     **Arguments:**
 
-    - `tokens`: the [`rinsx.data.Tokens`][].
+    - `tokens`: the [`rinsx.data.Tokens`][], or a [`rinsx.data.AbstractImages`][], or [`rinsx.data.Pairs`][].
     - `fraction`: how much is held out, above 0 and below 1.
-    - `by`: `"document"`, or a number of tokens.
+    - `by`: `"document"`, or a number of tokens; for images only the first, which is a row.
     - `seed`: an integer from 0; the same one gives the same split.
 
     **Returns:**
 
-    The part to train on, and the part that is held out: two [`rinsx.data.Tokens`][] over the same array.
+    The part to train on, and the part that is held out: two [`rinsx.data.Tokens`][] over the same array, or two sources or
+    pairs over the same images.
 
     **Raises:**
 
@@ -61,24 +70,35 @@ def split(
         raise ValueError(f"`fraction` must be above 0 and below 1; got {fraction!r}")
     if seed < 0:
         raise ValueError(f"`seed` must be an integer from 0; got {seed}")
+    if isinstance(tokens, AbstractImages | Pairs):
+        if by != "document":
+            raise ValueError(f"images are split by row; got by={by!r}, leave it out")
+        held_out = _held_out(np.arange(len(tokens)), share, seed, f"{tokens!r}: {len(tokens)} row(s)", "")
+        return tokens.subset(np.flatnonzero(~held_out)), tokens.subset(np.flatnonzero(held_out))
     if by == "document":
-        return _by_document(tokens, share, seed)
+        return cast(Any, _by_document(tokens, share, seed))
     if isinstance(by, str) or by < 1:
         raise ValueError(f"`by` must be 'document' or a number of tokens, at least 1; got {by!r}")
-    return _by_chunk(tokens, share, by, seed)
+    return cast(Any, _by_chunk(tokens, share, by, seed))
 
 
 def _by_document(tokens: Tokens, share: Fraction, seed: int) -> tuple[Tokens, Tokens]:
     documents = np.unique(tokens.documents)
-    count = max(1, round(len(documents) * share))
-    if count == len(documents):
-        raise ValueError(
-            f"{tokens.name}: {len(documents)} document(s) cannot be split so that {share} are held out and some are left; "
-            "split by chunks, by=n"
-        )
-    held_out = np.random.default_rng([seed, 0]).choice(documents, count, replace=False)
+    what = f"{tokens.name}: {len(documents)} document(s)"
+    held_out = documents[_held_out(documents, share, seed, what, "; split by chunks, by=n")]
     mask = np.isin(tokens.documents, held_out)
     return tokens.subset(np.flatnonzero(~mask)), tokens.subset(np.flatnonzero(mask))
+
+
+def _held_out(rows: np.ndarray, share: Fraction, seed: int, what: str, advice: str) -> np.ndarray:
+    """Which rows are held out, as a mask."""
+    count = max(1, round(len(rows) * share))
+    if count == len(rows):
+        raise ValueError(f"{what} cannot be split so that {share} are held out and some are left{advice}")
+    chosen = np.random.default_rng([seed, 0]).choice(len(rows), count, replace=False)
+    mask = np.zeros(len(rows), bool)
+    mask[chosen] = True
+    return mask
 
 
 def _by_chunk(tokens: Tokens, share: Fraction, length: int, seed: int) -> tuple[Tokens, Tokens]:

@@ -1,8 +1,6 @@
 """A decoder-only language model whose depth structure is a signature."""
 
 import dataclasses
-import functools as ft
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._cache import Cache
@@ -19,12 +16,13 @@ from .._converge import converge
 from .._handle import Stream
 from .._loop import Loop, Rounds
 from .._make_cache import make
-from .._recur import compose, Recursion
+from .._recur import Recursion
 from .._signature import Signature
 from .._stack import Stack
 from ..gradient import AbstractStorage
 from ..nn import cross_entropy, Embedding, Linear, RMSNorm, Rotary, rotary, TransformerLayer
 from ..nn._cross_entropy import logits_of
+from ._body import check_dtype, computing_in, make_body
 
 
 Tokens = Int[Array, "batch t"]
@@ -73,8 +71,7 @@ class DecoderConfig:
     def __post_init__(self):
         names = ("vocab_size", "width", "layers", "heads", "context")
         at_least(1, **{name: getattr(self, name) for name in names})
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`dtype` must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
+        check_dtype(self.dtype)
         if self.hidden is None:
             hidden = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 48) * 16
             object.__setattr__(self, "hidden", hidden)
@@ -139,7 +136,6 @@ class DecoderLM(eqx.Module):
         names a block that the signature does not have.
         """
         signature = Signature(signature)
-        split = _split(config.layers, signature, split)
         key_embedding, key_layers, key_head = jr.split(key, 3)
         hidden: Any = config.hidden
 
@@ -149,12 +145,12 @@ class DecoderLM(eqx.Module):
                 f"`windows` names {', '.join(unknown)}, but {str(signature)!r} has {', '.join(signature.blocks)}."
             )
 
-        def layer(window, key):
+        def layer(block, key):
             return TransformerLayer(
                 config.width,
                 heads=config.heads,
                 kv_heads=config.kv_heads,
-                window=window,
+                window=windows.get(block),
                 hidden=hidden,
                 mlp=config.mlp,
                 # Each layer adds twice to the state.
@@ -162,15 +158,17 @@ class DecoderLM(eqx.Module):
                 key=key,
             )
 
-        keys = jr.split(key_layers, config.layers)
-        blocks, start = {}, 0
-        for name, depth in zip(signature.blocks, split):
-            keys_of_block = keys[start : start + depth]
-            make = ft.partial(layer, windows.get(name))
-            blocks[name] = Stack.make(make, depth, key=keys_of_block, gradient=gradient, unroll=unroll)
-            start += depth
         self.embedding = Embedding(config.vocab_size, config.width, key=key_embedding)
-        self.body = compose(signature, blocks, **loops)
+        self.body = make_body(
+            signature,
+            config.layers,
+            layer,
+            split=split,
+            gradient=gradient,
+            unroll=unroll,
+            key=key_layers,
+            loops=loops,
+        )
         self.norm = RMSNorm(config.width)
         self.head = None if config.tied else Linear(config.width, config.vocab_size, key=key_head)
         self.config = config
@@ -218,7 +216,7 @@ class DecoderLM(eqx.Module):
             context["segments"] = segments
         if key is not None:
             context["key"] = key
-        state = _computing_in(dtype, self.body)(state, **context)
+        state = computing_in(dtype, self.body)(state, **context)
         with jax.named_scope("norm"):
             return self.norm(state)
 
@@ -290,7 +288,7 @@ class DecoderLM(eqx.Module):
         with jax.named_scope("embedding"):
             x = self.embedding(tokens).astype(dtype)
         context = {"rotary": turns} if key is None else {"rotary": turns, "key": key}
-        body, state = _computing_in(dtype, self.body), Stream(x, cache)
+        body, state = computing_in(dtype, self.body), Stream(x, cache)
         if until is None:
             state = body(state, **context)
         else:
@@ -309,7 +307,7 @@ class DecoderLM(eqx.Module):
 
     def apart(self) -> "DecoderLM":
         """The same model, ready to be called many times: matrices in the dtype of the layers, each layer's by itself."""
-        body = _computing_in(jnp.dtype(self.config.dtype), self.body)
+        body = computing_in(jnp.dtype(self.config.dtype), self.body)
         split = lambda node: node.apart() if isinstance(node, Stack) else node
         blocks = {name: split(block) for name, block in body.blocks.items()}
         return eqx.tree_at(lambda model: model.body.blocks, self, blocks)
@@ -335,27 +333,3 @@ class DecoderLM(eqx.Module):
 
     def _head(self) -> Float[Array, "width vocab"]:
         return self.embedding.weight.T if self.head is None else self.head.weight
-
-
-def _split(layers: int, signature: Signature, split: Sequence[int] | None) -> tuple[int, ...]:
-    blocks = signature.blocks
-    if split is None:
-        if layers % len(blocks) != 0:
-            raise ValueError(
-                f"{layers} layers cannot be shared equally by the {len(blocks)} blocks of {str(signature)!r}: give "
-                f"`split`, a number of layers for each of {', '.join(blocks)}."
-            )
-        return (layers // len(blocks),) * len(blocks)
-    split = tuple(operator.index(depth) for depth in split)
-    if len(split) != len(blocks) or min(split) < 1 or sum(split) != layers:
-        raise ValueError(
-            f"`split` gives each block of {str(signature)!r}, {', '.join(blocks)}, at least one of {layers} layers; got {split}."
-        )
-    return split
-
-
-def _computing_in(dtype: Any, body: Recursion) -> Recursion:
-    """The layers with their matrices cast, once for all visits. Norms and adapters cast as they go."""
-    cast = lambda node: jtu.tree_map(lambda w: w.astype(dtype), node) if isinstance(node, Linear) else node
-    blocks = jtu.tree_map(cast, body.blocks, is_leaf=lambda node: isinstance(node, Linear))
-    return dataclasses.replace(body, blocks=blocks)

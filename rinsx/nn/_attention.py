@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, rotary positions and documents that do not see each other."""
+"""Self-attention with grouped queries, rotary positions and documents that do not see each other."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from .._causal import Segments
+from .._attend import Segments
 from .._check import at_least
 from .._handle import open
 from ._linear import Linear
@@ -15,7 +15,7 @@ from ._rotary import Rotary, rotate
 
 
 class Attention(eqx.Module):
-    """Causal self-attention, without biases.
+    """Self-attention, causal or not.
 
     !!! example
 
@@ -41,6 +41,7 @@ class Attention(eqx.Module):
     heads: int = eqx.field(static=True)
     kv_heads: int = eqx.field(static=True)
     head_dim: int = eqx.field(static=True)
+    causal: bool = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
 
     def __init__(
@@ -49,7 +50,9 @@ class Attention(eqx.Module):
         *,
         heads: int,
         kv_heads: int | None = None,
+        causal: bool = True,
         window: int | None = None,
+        bias: bool = False,
         scale: float = 1.0,
         key: PRNGKeyArray,
     ):
@@ -58,7 +61,9 @@ class Attention(eqx.Module):
         - `width`: the size of the state's last axis, a multiple of `heads`.
         - `heads`: how many heads of queries.
         - `kv_heads`: how many heads of keys and values, a divisor of `heads`; by default `heads`.
+        - `causal`: whether a position attends to itself and earlier ones only; otherwise to all, as in an encoder.
         - `window`: attend to the last `window` positions only, oneself included; by default to all.
+        - `bias`: of the four maps.
         - `scale`: of the weights of the last map, see [`rinsx.nn.Linear`][].
         - `key`: for the weights.
         """
@@ -70,12 +75,13 @@ class Attention(eqx.Module):
         at_least(1, window=window)
         keys = jr.split(key, 4)
         self.head_dim = width // heads
-        self.q = Linear(width, width, key=keys[0])
-        self.k = Linear(width, kv_heads * self.head_dim, key=keys[1])
-        self.v = Linear(width, kv_heads * self.head_dim, key=keys[2])
-        self.out = Linear(width, width, scale=scale, key=keys[3])
+        self.q = Linear(width, width, bias=bias, key=keys[0])
+        self.k = Linear(width, kv_heads * self.head_dim, bias=bias, key=keys[1])
+        self.v = Linear(width, kv_heads * self.head_dim, bias=bias, key=keys[2])
+        self.out = Linear(width, width, bias=bias, scale=scale, key=keys[3])
         self.heads = heads
         self.kv_heads = kv_heads
+        self.causal = causal
         self.window = window
 
     def __call__(self, state: Any, *, rotary: Rotary | None = None, segments: Segments | None = None) -> Any:
@@ -95,5 +101,5 @@ class Attention(eqx.Module):
         if rotary is not None:
             turns = Rotary(*(jnp.expand_dims(a, -3) for a in rotary))
             q, k = rotate(q, turns), rotate(k, turns)
-        out, cache = cache.attend(q, k, v, segments=segments, window=self.window)
+        out, cache = cache.attend(q, k, v, segments=segments, causal=self.causal, window=self.window)
         return cache.close(self.out(out.swapaxes(-3, -2).reshape(x.shape)))

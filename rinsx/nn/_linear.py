@@ -10,7 +10,7 @@ from .._check import at_least
 
 
 class Linear(eqx.Module):
-    """Multiplies the last axis by a matrix, with all other axes flattened into one: `x @ weight`.
+    """Multiplies the last axis by a matrix, with all other axes flattened into one: `x @ weight`, and adds a bias if it has one.
 
     !!! example
 
@@ -25,22 +25,27 @@ class Linear(eqx.Module):
     """
 
     weight: Float[Array, "inputs outputs"]
+    bias: Float[Array, " outputs"] | None
 
-    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, key: PRNGKeyArray):
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, scale: float = 1.0, key: PRNGKeyArray):
         """**Arguments:**
 
         - `inputs`, `outputs`: sizes of the last axis before and after.
+        - `bias`: whether a vector is added, of zeros at first.
         - `scale`: the weights are drawn from a normal distribution of standard deviation `scale / sqrt(inputs)`, cut off at
             three deviations.
         - `key`: for the weights.
         """
         at_least(1, inputs=inputs, outputs=outputs)
-        self.weight = _normal(key, (inputs, outputs), scale * inputs**-0.5)
+        self.weight = normal(key, (inputs, outputs), scale * inputs**-0.5)
+        self.bias = jnp.zeros(outputs) if bias else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        """The product, in the dtype of `x`."""
+        """The product and the bias, in the dtype of `x`."""
         # One matrix product over all rows: on CPU XLA runs a product with more axes slower.
         flat = x.reshape(-1, x.shape[-1]) @ self.weight.astype(x.dtype)
+        if self.bias is not None:
+            flat = flat + self.bias.astype(x.dtype)
         return flat.reshape(*x.shape[:-1], -1)
 
 
@@ -69,7 +74,7 @@ class Embedding(eqx.Module):
         - `key`: for the weights, normal of standard deviation `1 / sqrt(width)`, so that logits of a tied head start at unit size.
         """
         at_least(1, tokens=tokens, width=width)
-        self.weight = _normal(key, (tokens, width), width**-0.5)
+        self.weight = normal(key, (tokens, width), width**-0.5)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         """The vectors of `tokens`, whose numbers must be in range: this is not checked."""
@@ -113,6 +118,47 @@ class RMSNorm(eqx.Module):
         return (y * self.scale).astype(x.dtype)
 
 
-def _normal(key: PRNGKeyArray, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
+class LayerNorm(eqx.Module):
+    """Takes away the mean along the last axis, divides by the standard deviation, scales and shifts, all in float32.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import rinsx as rx
+
+        rx.nn.LayerNorm(2)(jnp.array([[1.0, 3.0]]))  # [[-1, 1]]
+        ```
+
+    ??? cite "Reference"
+
+        Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450.
+    """
+
+    scale: Float[Array, " width"]
+    bias: Float[Array, " width"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6):
+        """**Arguments:**
+
+        - `width`: the size of the last axis.
+        - `epsilon`: added to the variance.
+        """
+        at_least(1, width=width)
+        self.scale = jnp.ones(width)
+        self.bias = jnp.zeros(width)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """The normalised array, in the dtype of `x`."""
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale + self.bias).astype(x.dtype)
+
+
+def normal(key: PRNGKeyArray, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
+    """Weights of a standard deviation, none beyond three of them."""
     # Cutting a normal distribution at three deviations leaves 0.9866 of its deviation.
     return jr.truncated_normal(key, -3.0, 3.0, shape) * (deviation / 0.98658)

@@ -1,6 +1,7 @@
 """The layer of a pre-norm transformer."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, get_args, Literal
 
 import equinox as eqx
 import jax
@@ -9,11 +10,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._handle import open
 from ._attention import Attention
-from ._linear import Linear, RMSNorm
+from ._linear import LayerNorm, Linear, RMSNorm
+
+
+Kind = Literal["swiglu", "gelu", "gelu_exact"]
 
 
 class MLP(eqx.Module):
-    """Widens each vector, bends it, and narrows it again, without biases.
+    """Widens each vector, bends it, and narrows it again.
 
     !!! example
 
@@ -33,13 +37,15 @@ class MLP(eqx.Module):
     up: Linear
     gate: Linear | None
     down: Linear
+    kind: str = eqx.field(static=True)
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
-        kind: Literal["swiglu", "gelu"] = "swiglu",
+        kind: Kind = "swiglu",
+        bias: bool = False,
         scale: float = 1.0,
         key: PRNGKeyArray,
     ):
@@ -47,21 +53,24 @@ class MLP(eqx.Module):
 
         - `width`: the size of the last axis.
         - `hidden`: the size that it is widened to.
-        - `kind`: `"swiglu"` (three matrices: `silu(gate(x)) * up(x)`) or `"gelu"` (two: `gelu(up(x))`).
+        - `kind`: `"swiglu"` (three matrices: `silu(gate(x)) * up(x)`) or `"gelu"` (two: `gelu(up(x))`, by the formula with `tanh`;
+            `"gelu_exact"` is that with `erf`).
+        - `bias`: of these maps.
         - `scale`: of the weights of the last map, see [`rinsx.nn.Linear`][].
         - `key`: for the weights.
         """
-        if kind not in ("swiglu", "gelu"):
-            raise ValueError(f"`kind` must be 'swiglu' or 'gelu'; got {kind!r}.")
+        if kind not in get_args(Kind):
+            raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}; got {kind!r}.")
         keys = jr.split(key, 3)
-        self.up = Linear(width, hidden, key=keys[0])
-        self.gate = Linear(width, hidden, key=keys[1]) if kind == "swiglu" else None
-        self.down = Linear(hidden, width, scale=scale, key=keys[2])
+        self.up = Linear(width, hidden, bias=bias, key=keys[0])
+        self.gate = Linear(width, hidden, bias=bias, key=keys[1]) if kind == "swiglu" else None
+        self.down = Linear(hidden, width, bias=bias, scale=scale, key=keys[2])
+        self.kind = kind
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """An array like `x`."""
         if self.gate is None:
-            return self.down(jax.nn.gelu(self.up(x)))
+            return self.down(jax.nn.gelu(self.up(x), approximate=self.kind == "gelu"))
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -82,9 +91,9 @@ class TransformerLayer(eqx.Module):
         ```
     """
 
-    attention_norm: RMSNorm
+    attention_norm: RMSNorm | LayerNorm
     attention: Attention
-    mlp_norm: RMSNorm
+    mlp_norm: RMSNorm | LayerNorm
     mlp: MLP
 
     def __init__(
@@ -93,24 +102,31 @@ class TransformerLayer(eqx.Module):
         *,
         heads: int,
         kv_heads: int | None = None,
+        causal: bool = True,
         window: int | None = None,
         hidden: int,
-        mlp: Literal["swiglu", "gelu"] = "swiglu",
+        mlp: Kind = "swiglu",
+        norm: Callable[[int], RMSNorm | LayerNorm] = RMSNorm,
+        bias: bool = False,
         scale: float = 1.0,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
 
-        - `width`, `heads`, `kv_heads`, `window`: see [`rinsx.nn.Attention`][].
+        - `width`, `heads`, `kv_heads`, `causal`, `window`: see [`rinsx.nn.Attention`][].
         - `hidden`, `mlp`: size and kind, see [`rinsx.nn.MLP`][].
+        - `norm`: makes a norm of a width: [`rinsx.nn.RMSNorm`][] or [`rinsx.nn.LayerNorm`][].
+        - `bias`: of all maps.
         - `scale`: of the weights of the two maps that write to the state.
         - `key`: for the weights.
         """
         keys = jr.split(key)
-        self.attention_norm = RMSNorm(width)
-        self.attention = Attention(width, heads=heads, kv_heads=kv_heads, window=window, scale=scale, key=keys[0])
-        self.mlp_norm = RMSNorm(width)
-        self.mlp = MLP(width, hidden, kind=mlp, scale=scale, key=keys[1])
+        self.attention_norm = norm(width)
+        self.attention = Attention(
+            width, heads=heads, kv_heads=kv_heads, causal=causal, window=window, bias=bias, scale=scale, key=keys[0]
+        )
+        self.mlp_norm = norm(width)
+        self.mlp = MLP(width, hidden, kind=mlp, bias=bias, scale=scale, key=keys[1])
 
     def __call__(self, state: Any, *, key: PRNGKeyArray | None = None, **context: Any) -> Any:
         """**Arguments:**

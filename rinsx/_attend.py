@@ -1,4 +1,4 @@
-"""Causal attention over keys and values that are all there."""
+"""Attention over keys and values that are all there."""
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,20 @@ def visible(
     return seen if window is None else seen & (keys > queries - window)
 
 
-def causal_attention(
+def attention(
     q: Float[Array, "batch heads t dim"],
-    k: Float[Array, "batch groups t dim"],
-    v: Float[Array, "batch groups t dim"],
+    k: Float[Array, "batch groups s dim"],
+    v: Float[Array, "batch groups s dim"],
     segments: Segments | None = None,
     *,
+    causal: bool = True,
     window: int | None = None,
 ) -> Float[Array, "batch heads t dim"]:
-    """Attention of every position to itself and to earlier ones of the same segment.
+    """Attention of every position to itself and to earlier ones, or to all, of the same segment.
 
-    On a GPU, in bfloat16 or float16, this is the flash kernel of `jax.nn.dot_product_attention`. Elsewhere it is written out,
-    with scores in float32, the form that measures fastest on CPU (see the results on training speed).
+    On a GPU, in bfloat16 or float16, this is the flash kernel of `jax.nn.dot_product_attention`, for heads of a size that it
+    takes (a multiple of 8, at most 128). Elsewhere it is written out, with scores in float32, the form that measures fastest
+    on CPU (see the results on training speed).
 
     !!! example
 
@@ -41,7 +43,8 @@ def causal_attention(
 
         q = jnp.ones((1, 4, 6, 8))  # 4 heads
         k = v = jnp.ones((1, 2, 6, 8))  # 2 heads of keys and values, each for 2 heads of queries
-        rx.nn.causal_attention(q, k, v).shape  # (1, 4, 6, 8)
+        rx.nn.attention(q, k, v).shape  # (1, 4, 6, 8)
+        rx.nn.attention(q[:, :, :1], k, v, causal=False).shape  # (1, 4, 1, 8): one query looks at all positions
         ```
 
     **Arguments:**
@@ -49,20 +52,25 @@ def causal_attention(
     - `q`: queries.
     - `k`, `v`: keys and values; `heads` is a multiple of `groups`, and heads `i * heads / groups, ...` use group `i`.
     - `segments`: the document that each position belongs to. By default all is one.
-    - `window`: attend to the last `window` positions only, oneself included.
+    - `causal`: whether a position attends to itself and earlier ones only. Otherwise `s` may differ from `t`, without `segments`.
+    - `window`: where it is causal, attend to the last `window` positions only, oneself included.
 
     **Returns:**
 
     An array like `q`.
     """
     batch, heads, t, dim = q.shape
-    groups = k.shape[1]
+    groups, s = k.shape[1:3]
     if heads % groups != 0:
         raise ValueError(f"{heads} heads of queries cannot share {groups} heads of keys and values evenly.")
+    if s != t and (causal or segments is not None):
+        raise ValueError(f"causal attention, and `segments`, need as many queries as keys; got {t} and {s}.")
     if window is not None:
         at_least(1, window=window)
+        if not causal:
+            raise ValueError(f"a window reaches back from a position: it needs causal=True; got window={window}.")
     same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128:
         swap = lambda x: x.swapaxes(1, 2)
         # The window of JAX does not count oneself.
         local = None if window is None else (window - 1, 0)
@@ -71,7 +79,7 @@ def causal_attention(
             swap(k),
             swap(v),
             mask=same,
-            is_causal=True,
+            is_causal=causal,
             local_window_size=local,
             implementation="cudnn",
         )
@@ -79,15 +87,16 @@ def causal_attention(
 
     grouped = (q * dim**-0.5).reshape(batch, groups, heads // groups * t, dim)
     scores = jnp.einsum("bgtd,bgsd->bgts", grouped, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-    scores = scores.reshape(batch, groups, heads // groups, t, t)
-    at = jnp.arange(t)
-    mask = visible(at, at, window)
-    if same is not None:
-        mask = mask & same[:, :, None]
-    scores = jnp.where(mask, scores, -jnp.inf)
+    mask = same if same is None else same[:, :, None]
+    if causal:
+        at = jnp.arange(t)
+        earlier = visible(at, at, window)
+        mask = earlier if mask is None else mask & earlier
+    if mask is not None:
+        scores = scores.reshape(batch, groups, heads // groups, t, s)
+        scores = jnp.where(mask, scores, -jnp.inf).reshape(batch, groups, heads // groups * t, s)
     # Divided by its sum after the product with the values, not before: one pass less over all pairs.
     weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    whole = jnp.sum(weights, axis=-1).reshape(batch, heads, t, 1)
-    weights = weights.reshape(batch, groups, heads // groups * t, t).astype(v.dtype)
-    out = jnp.einsum("bgts,bgsd->bgtd", weights, v, preferred_element_type=whole.dtype).reshape(batch, heads, t, dim)
-    return (out / whole).astype(q.dtype)
+    whole = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bgts,bgsd->bgtd", weights.astype(v.dtype), v, preferred_element_type=whole.dtype)
+    return (out / whole).reshape(batch, heads, t, dim).astype(q.dtype)

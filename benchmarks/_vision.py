@@ -1,0 +1,309 @@
+"""The arms of the comparisons on images: which tower recurses, at which depths it trains, and how it is trained once."""
+
+import dataclasses
+import functools as ft
+import hashlib
+import json
+import pathlib
+import time
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from _arms import curve_of
+
+import rinsx as rx
+
+
+TEMPLATES = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "a small image of a {}.",
+    "this is a {}.",
+    "{}.",
+)
+_SIZE = 100
+_FEW = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to recurse: a signature for each tower, whose exponent `r` is what training sets."""
+
+    name: str
+    image: str = "A B"
+    text: str = "A B"
+    rounds: int | None = None
+    stochastic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Everything that the result of a run depends on, apart from its arm, seed and learning rate."""
+
+    task: Literal["pairs", "classes"]
+    size: int
+    patch: int
+    width: int
+    layers: int
+    heads: int
+    context: int
+    vocabulary: int
+    batch: int
+    images: int
+    crop: float
+    flip: bool
+    law_max: int
+    law_skip: str
+    rank: int
+    depths: tuple[int, ...]
+    points: int
+    optimizer: Literal["adamw", "muon"]
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    image: str
+    label: str
+    names: str
+
+    def depth_law(self) -> rx.depth.AbstractLaw:
+        """The law of the stochastic arms."""
+        return rx.depth.Binomial(self.law_max, skip=self.law_skip)
+
+
+def build(arm: Arm, setting: Setting, classes: int, vocabulary: int, key: Any) -> Any:
+    """The untrained model: a SigLIP, or a classifier. Arms of one key start from the same weights, layer by layer."""
+    keys = jr.split(key, 4)
+    shape: dict[str, Any] = {"width": setting.width, "layers": setting.layers, "heads": setting.heads}
+    # Everything is stored: no arm is charged for computing a state twice.
+    same: dict[str, Any] = {"gradient": rx.gradient.Full(), "unroll": True}
+
+    def loops(signature: str, key: Any) -> dict[str, Any]:
+        if "^r" not in signature or arm.rounds is None:
+            return {}
+        most = arm.rounds
+        options: dict[str, Any] = {}
+        if arm.stochastic:
+            most = setting.law_max
+            adapter = rx.adapters.LowRank(setting.width, rank=setting.rank, rounds=most, past="last", key=key)
+            options = {"adapter": adapter}
+        return {"r": rx.Loop(arm.rounds, max=most, gradient=rx.gradient.Full(), unroll=True, **options)}
+
+    head = None if setting.task == "pairs" else classes
+    config = rx.models.ViTConfig(setting.size, setting.patch, classes=head, dtype="float32", **shape)
+    image = rx.models.ViT(config, arm.image, key=keys[0], **same, **loops(arm.image, keys[1]))
+    if setting.task == "classes":
+        return image
+    config = rx.models.TextConfig(vocabulary, setting.context, dtype="float32", **shape)
+    text = rx.models.TextEncoder(config, arm.text, key=keys[2], **same, **loops(arm.text, keys[3]))
+    return rx.models.SigLIP(image, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained on; held-out images, to choose learning rates and to report; and the captions of all classes."""
+
+    train: rx.data.Pairs
+    tune: list[dict[str, np.ndarray]]
+    report: list[dict[str, np.ndarray]]
+    classes: int
+    vocabulary: int
+    captions: list[dict[str, np.ndarray]]
+    fingerprint: str
+
+
+@ft.cache
+def load(setting: Setting) -> Data:
+    """The images and their captions: those of the embedded digits, or of the files that are named."""
+    if setting.train:
+        whole, report = (
+            rx.data.image_parquet(*paths, image=setting.image, label=setting.label, names=_names(setting, paths))
+            for paths in (setting.train, setting.test)
+        )
+    else:
+        whole, report = rx.data.split(rx.data.digits(), "1/3", seed=0)
+    train, tune = rx.data.split(whole, "1/20" if setting.train else "1/5", seed=1)
+    names = whole.names
+    assert names is not None
+    captions = None
+    if setting.task == "pairs":
+        texts = [template.replace("{}", name) for name in names for template in TEMPLATES]
+        tokenizer = rx.data.BPE.train(rx.data.documents(texts), setting.vocabulary)
+        captions = rx.data.Captions(tokenizer, setting.context, templates=TEMPLATES)
+    crop = None if setting.crop == 1 else (setting.crop, 1)
+    plain = rx.data.Pixels(setting.size)
+    drawn = rx.data.Pixels(setting.size, crop=crop, flip=setting.flip)
+    pairs = rx.data.Pairs(train, drawn, captions)
+    held = lambda source: list(rx.data.evaluation(rx.data.Pairs(source, plain, captions), _SIZE))
+    told, vocabulary = [], 0
+    if pairs.captions is not None:
+        vocabulary = pairs.captions.vocab_size
+        rows, met = pairs.captions.read_classes()
+        told = [{"tokens": tokens} for tokens in rows]
+        if any(kinds for one in met for kinds in one):
+            raise SystemExit(f"captions do not fit into --context {setting.context}: give more")
+    fingerprint = hashlib.sha256("".join((train.fingerprint(), report.fingerprint())).encode()).hexdigest()
+    return Data(pairs, held(tune), held(report), len(names), vocabulary, told, fingerprint)
+
+
+def _names(setting: Setting, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the classes, in the order of their numbers, from the two columns that have them."""
+    import pyarrow.parquet as pq
+
+    found: dict[int, str] = {}
+    for path in paths:
+        table = pq.read_table(path, columns=[setting.label, setting.names])
+        found.update(zip(*(table[name].to_pylist() for name in (setting.label, setting.names))))
+    return tuple(found[i] for i in range(len(found)))
+
+
+def embed_images(model, batch, key):
+    return model.embed_images(batch["images"])
+
+
+def embed_texts(model, batch, key):
+    return model.embed_texts(batch["tokens"])
+
+
+def logits(model, batch, key):
+    return model(batch["images"])
+
+
+def correct(
+    model: Any, setting: Setting, data: Data, batches: list[Any], depths: tuple[int, ...] | None
+) -> dict[int | None, np.ndarray]:
+    """Whether each image is told right, at each depth (or at none, for a model without a loop)."""
+    rounds = None if depths is None else {"r": depths}
+    images = rx.transfer.embed(model, embed_images if setting.task == "pairs" else logits, batches, rounds=rounds)
+    assert images.labels is not None
+    found: dict[int | None, np.ndarray] = {}
+    if setting.task == "classes":
+        for depth, vectors in images.vectors.items():
+            found[depth[0] if depth else None] = vectors.argmax(1) == images.labels
+        return found
+    texts = rx.transfer.embed(model, embed_texts, data.captions, rounds=rounds)
+    for depth, vectors in images.vectors.items():
+        ensemble = texts.vectors[depth].reshape(data.classes, len(TEMPLATES), -1)
+        weights = rx.transfer.classifier(ensemble)
+        found[depth[0] if depth else None] = rx.transfer.zero_shot(vectors, weights, images.labels)
+    return found
+
+
+def loss_of(setting: Setting) -> Any:
+    return rx.models.SigLIP.loss if setting.task == "pairs" else rx.models.ViT.loss
+
+
+def cost(arm: Arm, setting: Setting, rounds: int | None) -> int:
+    """The contractions of one training step at one depth."""
+    data = load(setting)
+    model = eqx.filter_eval_shape(build, arm, setting, data.classes, data.vocabulary, jr.key(0))
+    one = data.train[0]
+    batch = {name: jax.ShapeDtypeStruct((setting.batch, *np.shape(x)), x.dtype) for name, x in one.items()}
+    depth = {} if rounds is None else {"r": rounds}
+    return int(rx.train.cost(loss_of(setting), model, batch, **depth).matmul)
+
+
+def plan(arms: list[Arm], setting: Setting) -> rx.flops.Plan:
+    """How many steps each arm runs, at the training FLOPs of the first. What the plan calls tokens are images."""
+    costs: dict[str, Any] = {}
+    for arm in arms:
+        if arm.stochastic:
+            costs[arm.name] = rx.flops.expected(lambda r: cost(arm, setting, r), r=setting.depth_law())
+        else:
+            costs[arm.name] = cost(arm, setting, arm.rounds)
+    images = -(-setting.images // setting.batch) * setting.batch
+    return rx.flops.match(costs, reference=arms[0].name, tokens=images, tokens_per_step=setting.batch)
+
+
+def identity(arm: Arm, setting: Setting, seed: int, rate: float, tuning: bool) -> str:
+    """The name of a run: equal where everything that decides its result is, wherever the data lies."""
+    relevant = {**dataclasses.asdict(setting), "train": None, "test": None}
+    told = [dataclasses.asdict(arm), relevant, seed, rate, tuning, load(setting).fingerprint, TEMPLATES]
+    versions = rx.__version__, jax.__version__
+    return hashlib.sha256(json.dumps([told, versions], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@ft.cache
+def optimizer(name: str, rate: float) -> Any:
+    """One for all seeds of an arm, so that they share a compiled program."""
+    schedule = rx.train.cosine(rate, warmup=0.05, floor=0.05)
+    return {"muon": rx.train.muon, "adamw": rx.train.adamw}[name](schedule)
+
+
+def train(
+    arm: Arm,
+    setting: Setting,
+    row: dict[str, Any],
+    seed: int,
+    rate: float,
+    *,
+    logs: list[Any],
+    metrics: pathlib.Path,
+    tuning: bool,
+) -> dict[str, Any]:
+    """Trains one arm with one seed, and evaluates it; the result is plain JSON."""
+    begin = time.perf_counter()
+    data, steps = load(setting), row["steps"]
+    model = build(arm, setting, data.classes, data.vocabulary, jr.key(seed))
+    parameters = rx.flops.parameters(model)
+    depth: dict[str, Any] = {}
+    if arm.stochastic:
+        depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
+    elif arm.rounds is not None:
+        depth = {"r": arm.rounds}
+    at = None if arm.rounds is None else (arm.rounds,)
+    batches = data.tune if tuning else data.report
+    every = max(steps // setting.points, 1)
+
+    def evaluate(model):
+        # On a part, so that the curve costs little.
+        (found,) = correct(model, setting, data, batches[:_FEW], at).values()
+        return {"accuracy": float(found.mean())}
+
+    lines = rx.train.JsonLines(metrics)
+    run = rx.train.fit(
+        model,
+        loss_of(setting),
+        rx.data.batches(data.train, setting.batch, seed=seed),
+        optimizer(setting.optimizer, rate),
+        steps=steps,
+        key=jr.key(2000 + seed),
+        depth=depth,
+        steps_per_call=max(min(20, every), 1),
+        evaluate=evaluate,
+        evaluate_every=every,
+        logs=[lines, *logs],
+    )
+    lines.close()
+    if run.stopped:
+        raise SystemExit(f"stopped by {run.stopped}; start again to continue")
+    depths = at if tuning or arm.rounds is None else tuple(sorted({*setting.depths, arm.rounds}))
+    found = correct(run.model, setting, data, batches, depths)
+    counts = data.train.counts
+    learned = (
+        {}
+        if setting.task == "classes"
+        else {"scale": float(jnp.exp(run.model.log_scale)), "bias": float(run.model.bias)}
+    )
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        "learning_rate": rate,
+        "steps": run.step,
+        "images": run.step * setting.batch,
+        "epochs": run.step * setting.batch / len(data.train),
+        "flops": run.flops,
+        "planned": row["total"],
+        "parameters": parameters.unique,
+        "adapters": parameters.adapters,
+        "accuracy": float(found[arm.rounds].mean()),
+        "at_depth": {str(r): float(x.mean()) for r, x in found.items()},
+        "correct": [int(x) for x in found[arm.rounds]],
+        "curve": curve_of(metrics, "accuracy"),
+        "counts": counts,
+        **learned,
+        "seconds": run.seconds,
+        "wall": time.perf_counter() - begin,
+    }

@@ -1,0 +1,170 @@
+"""Shows what a comparison on images found: tables, a plot, and a JSON of results."""
+
+import json
+import math
+import sys
+from _statistics import differences, residual, smallest_visible
+from typing import Any
+
+import matplotlib
+import numpy as np
+from _report import ends, hardware, markdown, minutes, rich_table
+from rich.console import Console
+
+
+PAPER = {
+    "pairs": "The paper's gain is of SigLIP-B/16 on web data; a run of this size shows the method of the comparison, and neither "
+    "confirms nor refutes the claim.",
+    "classes": "The paper says that recursion does not help to classify images alone; a run of this size neither confirms nor "
+    "refutes it.",
+}
+
+
+def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results: list[Any], wall: float) -> None:
+    """Prints and writes the comparison. Accuracies are in per cent, differences in points."""
+    names = [arm.name for arm in arms]
+    by_arm = {name: sorted((r for r in results if r["arm"] == name), key=lambda r: r["seed"]) for name in names}
+    # The statistics are those of losses: what is told wrong.
+    wrong = np.array([[1 - np.array(r["correct"]) for r in by_arm[name]] for name in names], float) * 100
+    losses = wrong.mean(-1)
+    found = differences(losses, wrong, np.ones(wrong.shape[-1]), 0)
+    deviation, freedom = residual(losses)
+    visible = smallest_visible(losses)
+    mean = lambda name, of: float(np.mean([r[of] for r in by_arm[name]]))
+
+    pairs = setting.task == "pairs"
+    unit = "pairs" if pairs else "images"
+    header = [
+        "arm",
+        *(["image tower", "text tower"] if pairs else ["signature"]),
+        "parameters",
+        f"MFLOPs/{unit[:-1]}",
+        unit,
+        "FLOPs",
+        "off budget",
+        "s",
+        f"{unit}/s",
+        "accuracy, %",
+        f"less {names[0]}",
+        "",
+    ]
+    rows = []
+    for arm, name, loss, difference in zip(arms, names, losses, found):
+        first, base = by_arm[name][0], name == names[0]
+        shown = lambda signature: signature if arm.stochastic else signature.replace("^r", f"^{arm.rounds}")
+        towers = [shown(arm.image), shown(arm.text)] if pairs else [shown(arm.image)]
+        rows.append(
+            [
+                name,
+                *towers,
+                f"{first['parameters']:,}",
+                f"{first['flops'] / first['images'] / 1e6:.2f}",
+                f"{first['images']:,}",
+                f"{first['flops']:.4g}",
+                f"{first['flops'] / float(planned.budget) - 1:+.2%}",
+                f"{mean(name, 'wall'):.0f}",
+                f"{first['images'] / max(mean(name, 'seconds'), 1e-9):,.0f}",
+                f"{100 - loss.mean():.2f}",
+                "" if base else f"{-difference.mean:+.2f} ± {difference.half:.2f}",
+                "" if base else difference.verdict,
+            ]
+        )
+    deep = sorted({int(d) for r in results for d in r["at_depth"] if d != "None"})
+    depth_rows = []
+    for arm in arms:
+        at = by_arm[arm.name]
+        if arm.rounds is None:
+            depth_rows.append([arm.name, f"{100 * mean(arm.name, 'accuracy'):.2f}*", *[""] * (len(deep) - 1)])
+            continue
+        trained = lambda d: "*" if d == arm.rounds and not arm.stochastic else ""
+        cells = [f"{100 * np.mean([r['at_depth'][str(d)] for r in at]):.2f}{trained(d)}" for d in deep]
+        depth_rows.append([arm.name, *cells])
+
+    baseline = by_arm[names[0]][0]
+    number = wrong.shape[-1]
+    what = "zero-shot accuracy" if pairs else "accuracy"
+    lines = [
+        f"{len(names)} arms, {losses.shape[1]} seeds, {what} on {number:,} held-out images; higher is better. The stochastic arm is "
+        f"judged at its most rounds, {setting.law_max}.",
+        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference "
+        f"(t, {freedom} degrees of freedom), with the deviation pooled over arms: {deviation:.2f} points.",
+        f"The smallest difference that this run could have seen is {visible:.2f} points; below it nothing is decided.",
+        f"The standard error of a difference over images, apart from that, is up to {max(d.windows for d in found):.2f}.",
+        f"What it can show: {baseline['parameters'] / 1e6:.2g}M parameters, {baseline['images']:,} images for the baseline "
+        f"({baseline['epochs']:.2g} epochs). {PAPER[setting.task]}",
+    ]
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(rich_table("At the trained depth", header, rows))
+    by_depth = ["arm", *(f"r={d}" for d in deep)]
+    console.print(rich_table("Accuracy by rounds at evaluation, % (* as trained)", by_depth, depth_rows))
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print(f"wall time {minutes(wall)}; written to {options.output}", highlight=False)
+
+    record = {
+        "command": "python " + " ".join(ends((arg,))[0] if "/" in arg else arg for arg in sys.argv),
+        "machine": hardware(),
+        "setting": {**setting.__dict__, "train": ends(setting.train), "test": ends(setting.test)},
+        "plan": {
+            row.name: {"steps": row.steps, "images": row.tokens, "total": float(row.total)} for row in planned.rows
+        },
+        "budget": float(planned.budget),
+        "runs": [{k: v for k, v in r.items() if k != "correct"} for r in results],
+        "wall": wall,
+        "deviation": deviation,
+        "smallest_visible": visible,
+        "differences": {
+            name: {"mean": -d.mean, "half": d.half, "images": d.windows, "verdict": d.verdict}
+            for name, d in zip(names, found)
+        },
+    }
+    (options.output / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
+    parts = [markdown(header, rows), markdown(by_depth, depth_rows), "\n".join(lines)]
+    (options.output / "results.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+    plot(options.output / "accuracy.png", names, by_arm, visible)
+
+
+def tuned(options: Any, setting: Any, arms: list[Any], planned: Any, results: list[Any], wall: float) -> None:
+    """Prints and writes a sweep of learning rates."""
+    grid = sorted(options.grid)
+    table = {arm.name: {r["learning_rate"]: r["accuracy"] for r in results if r["arm"] == arm.name} for arm in arms}
+    best = {name: max(found, key=lambda rate: found[rate]) for name, found in table.items()}
+    edges = [name for name, rate in best.items() if rate in (grid[0], grid[-1])]
+    star = lambda name, rate: "*" if rate == best[name] else ""
+    rows = [[name, *(f"{100 * found[rate]:.2f}{star(name, rate)}" for rate in grid)] for name, found in table.items()]
+    console = Console()
+    console.print(rich_table("Accuracy by learning rate, % (* best)", ["arm", *(f"{rate:g}" for rate in grid)], rows))
+    if edges:
+        print(f"the best of {', '.join(edges)} is at an end of the grid: widen --grid")
+    names = ("task", "optimizer", "size", "patch", "width", "layers", "heads", "batch", "images")
+    sweep = {
+        **{name: getattr(setting, name) for name in names},
+        "data": ends(setting.train) or ["scikit-learn's digits"],
+        "machine": hardware(),
+        "accuracies": {name: {f"{rate:g}": found[rate] for rate in grid} for name, found in table.items()},
+        "best": best,
+        "interior": not edges,
+    }
+    (options.output / "tuned_vision.json").write_text(json.dumps({"sweeps": [sweep]}, indent=1), "utf-8")
+
+
+def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: float) -> None:
+    """Accuracy against training FLOPs, one line an arm: the mean over seeds."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name in names:
+        curves = [np.array(r["curve"]) for r in by_arm[name]]
+        step = curves[0][:, 0]
+        flops = step / step[-1] * by_arm[name][0]["flops"]
+        axes.plot(flops, 100 * np.mean([c[:, 1] for c in curves], axis=0), marker="o", markersize=3, label=name)
+    axes.set(xlabel="training FLOPs (contractions, forward and backward)", ylabel="held-out accuracy, % (of a part)")
+    axes.set_title(
+        "equal training FLOPs" + ("" if math.isnan(visible) else f"; smallest visible difference {visible:.2f}"),
+        fontsize=10,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
