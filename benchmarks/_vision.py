@@ -61,7 +61,7 @@ class Setting:
     rank: int
     depths: tuple[int, ...]
     points: int
-    optimizer: Literal["adamw", "muon"]
+    optimizer: Literal["muon", "adamw"]
     train: tuple[str, ...]
     test: tuple[str, ...]
     image: str

@@ -7,7 +7,7 @@ on two cores, and compares their zero-shot accuracy on held-out images. It write
 into `outputs/siglip`. Interrupted, it goes on where it was; what is there is not computed again. Real photographs:
 
     python benchmarks/siglip.py --train cifar10/train.parquet --test cifar10/test.parquet --label label --names label_name \
-        --size 32 --patch 4 --width 64 --heads 4 --images 100000 --crop 0.5 --flip
+        --size 32 --patch 4 --width 64 --heads 4 --images 80000 --crop 0.5 --flip
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ class Options:
     """Of the byte-pair encoding that is trained on the captions."""
     batch: int = 64
     """Pairs in a step."""
-    images: int = 40_000
+    images: int = 30_000
     """How many images the baseline is trained on, each as often as it comes."""
     crop: float = 0.7
     """The least part of an image that a random crop has; 1 is no crop."""
     flip: bool = False
     """Mirror images at random."""
     seeds: int = 3
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float | None = None
     """For all arms; by default what `tuned_vision.json` has for these shapes, or for the nearest that it has."""
     law_max: int = 3
@@ -83,7 +83,7 @@ class Options:
     """Processes that train side by side, each on one core. By default one for each core; 1 where there is an accelerator."""
     tune: bool = False
     """Sweep the learning rate of each arm instead, on images that are not reported on; `tuned_vision.json` in the output folder."""
-    grid: tuple[float, ...] = (0.001, 0.002, 0.004, 0.008, 0.016)
+    grid: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02, 0.04)
     """The learning rates to sweep."""
 
 
