@@ -132,6 +132,16 @@ def test_a_mesh_reaches_the_result_of_one_device(shards):
     assert all(np.isclose(found[depth].mean, want[depth].mean, rtol=1e-4) for depth in want)
 
 
+@pytest.mark.parametrize("kind", ["muon", "adafactor"])
+def test_other_optimisers_reach_the_result_of_one_device(kind):
+    optimizer = getattr(rx.train, kind)(rx.train.cosine(1e-2))
+    give = {"loss": looped_loss, "batches": looped_data(3), "optimizer": optimizer}
+    one, cut = (fit(looped(), mesh, **give) for mesh in (None, rx.train.mesh(4)))
+    moved = [not np.allclose(a, b) for a, b in zip(numbers(one.model), numbers(looped()), strict=True)]
+    assert sum(moved) >= 3
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(numbers(one.model), numbers(cut.model), strict=True))
+
+
 def test_a_decoder_is_cut():
     model = rx.train.place(decoder, rx.train.mesh(8))
     # All matrices are multiples of eight, but for the embedding of 31 tokens, whose width is.

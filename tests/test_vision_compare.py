@@ -1,0 +1,187 @@
+"""The comparisons on images: arms that start alike, a plan at matched compute, accuracies counted right, the whole job."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import rinsx as rx
+
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import _vision
+import _vision_report
+import siglip
+
+
+OPTIONS = siglip.Options(width=16, layers=2, heads=2, images=640, points=1)
+
+
+def setting(task="pairs", **changes):
+    return siglip.setting_of(dataclasses.replace(OPTIONS, **changes), task)
+
+
+def arms(task):
+    names = {"pairs": OPTIONS.arms, "classes": ("plain", "A^2 B", "(A B)^2", "stochastic")}[task]
+    return siglip.arms_of(dataclasses.replace(OPTIONS, arms=names), task)
+
+
+@pytest.mark.parametrize("task", ["pairs", "classes"])
+def test_arms_of_one_seed_start_from_the_same_weights(task):
+    models = [_vision.build(arm, setting(task), 10, 320, jr.key(3)) for arm in arms(task)]
+
+    def weights(model):
+        # Adapters apart.
+        roles = rx.train.roles(model)
+        arrays = eqx.filter(model, eqx.is_inexact_array)
+        pairs = zip(jtu.tree_leaves(arrays), jtu.tree_leaves(roles))
+        return [x for x, role in pairs if role != "adapter"]
+
+    for model in models[1:]:
+        assert all(jnp.array_equal(a, b) for a, b in zip(weights(models[0]), weights(model), strict=True))
+
+
+@pytest.mark.parametrize("task", ["pairs", "classes"])
+def test_the_plan_matches_flops_to_half_a_step(task):
+    planned = _vision.plan(arms(task), setting(task))
+    for arm, row in zip(arms(task), planned.rows):
+        steps = row.total / row.steps
+        assert abs(row.total - planned.budget) <= steps / 2
+        if not arm.stochastic:
+            assert steps == _vision.cost(arm, setting(task), arm.rounds)
+    # One round, and two more of which each is skipped with probability 1/2.
+    one, two, three = (_vision.cost(arms(task)[-1], setting(task), r) for r in (1, 2, 3))
+    row = planned["stochastic"]
+    assert row.total / row.steps == (one + 2 * two + three) / 4
+
+
+def test_held_out_images_are_not_trained_on():
+    data = _vision.load(setting())
+    rows = lambda batches: np.concatenate([b["images"][b["weights"] > 0] for b in batches])
+    tune, report = rows(data.tune), rows(data.report)
+    whole = {x.tobytes() for x in rows(rx.data.evaluation(rx.data.Pairs(rx.data.digits(), rx.data.Pixels(8)), 100))}
+    kept = rx.data.Pairs(data.train.source, rx.data.Pixels(8))
+    train = {x.tobytes() for x in rows(rx.data.evaluation(kept, 100))}
+    parts = [train, {x.tobytes() for x in tune}, {x.tobytes() for x in report}]
+    assert len(data.train) + len(tune) + len(report) == 1797
+    assert set.union(*parts) == whole
+    # Two of the digits could be equal; no more than that.
+    assert sum(map(len, parts)) - len(whole) <= 2
+
+
+def test_accuracies_are_those_of_a_plain_loop():
+    s = setting()
+    data = _vision.load(s)
+    model = _vision.build(arms("pairs")[3], s, data.classes, data.vocabulary, jr.key(0))
+    batches = data.tune[:1]
+    found = _vision.correct(model, s, data, batches, (1, 3))
+    for r in (1, 3):
+        deep = rx.with_rounds(model, r=r)
+        unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+        classes = np.stack([unit(unit(np.asarray(deep.text(b["tokens"]))).mean(0)) for b in map(jnp_of, data.captions)])
+        images = unit(np.asarray(deep.image(jnp.asarray(batches[0]["images"]))))
+        np.testing.assert_array_equal(found[r], (images @ classes.T).argmax(1) == batches[0]["labels"])
+
+
+def jnp_of(batch):
+    return jtu.tree_map(jnp.asarray, batch)
+
+
+def test_the_report_counts_in_points_and_says_what_it_could_see(tmp_path, capsys):
+    s = setting()
+    names = [arm.name for arm in arms("pairs")]
+    planned = _vision.plan(arms("pairs"), s)
+    rng = np.random.default_rng(0)
+    results = []
+    for i, arm in enumerate(arms("pairs")):
+        for seed in range(3):
+            # The second arm is better by 20 points, the others are no better.
+            correct = (rng.random(1000) < (0.7 if i == 1 else 0.5)).astype(int).tolist()
+            depths = ["None"] if arm.rounds is None else ["1", "2", "3", "4"]
+            results.append(
+                {
+                    "arm": arm.name,
+                    "seed": seed,
+                    "images": 640,
+                    "flops": 10**9,
+                    "parameters": 10**5,
+                    "epochs": 1.0,
+                    "accuracy": np.mean(correct),
+                    "at_depth": dict.fromkeys(depths, np.mean(correct)),
+                    "correct": correct,
+                    "curve": [[5, 0.4], [10, 0.5]],
+                    "wall": 1.0,
+                    "seconds": 1.0,
+                }
+            )
+    options = dataclasses.replace(OPTIONS, output=tmp_path)
+    _vision_report.compared(options, s, arms("pairs"), planned, results, 3.0)
+    assert "The smallest difference that this run could have seen" in capsys.readouterr().out
+    record = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    found = record["differences"]
+    assert found["image"]["verdict"] == "better" and abs(found["image"]["mean"] - 20) < 5
+    assert [found[name]["verdict"] for name in names[2:]] == ["not decided"] * 3
+    means = {name: np.mean([r["accuracy"] for r in results if r["arm"] == name]) for name in names}
+    np.testing.assert_allclose(found["text"]["mean"], 100 * (means["text"] - means["plain"]))
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
+def test_the_tuned_learning_rates_are_interior_for_every_arm():
+    tuned = json.loads((BENCHMARKS / "tuned_vision.json").read_text("utf-8"))
+    for task in ("pairs", "classes"):
+        sweeps = [s for s in tuned["sweeps"] if s["task"] == task and s["size"] == siglip.Options().size]
+        assert len(sweeps) == 1
+        assert set(sweeps[0]["best"]) == {arm.name for arm in arms(task)}
+        for name, found in sweeps[0]["accuracies"].items():
+            grid = sorted(map(float, found))
+            best = max(found, key=found.get)
+            assert float(best) == sweeps[0]["best"][name] and grid[0] < float(best) < grid[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("plain", "A^2 B")}, "--arms are some of 'plain', 'image', .* got 'A\\^2 B'"),
+        ({"train": (pathlib.Path("a.parquet"),)}, "--train and --test are given together"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes, message):
+    options = dataclasses.replace(OPTIONS, **changes)
+    with pytest.raises(SystemExit, match=message):
+        siglip.arms_of(options, "pairs")
+        siglip.setting_of(options, "pairs")
+
+
+@pytest.mark.parametrize(
+    ("script", "chosen"), [("siglip.py", ["plain", "both"]), ("vision_control.py", ["plain", "stochastic"])]
+)
+def test_the_job_runs_and_reports(tmp_path, script, chosen):
+    shape = "--width 16 --layers 2 --heads 2 --images 640 --points 1 --seeds 1 --learning-rate 0.01 --workers 1"
+    command = [sys.executable, str(BENCHMARKS / script), *shape.split(), "--arms", *chosen, "--output", str(tmp_path)]
+    # The tests' eight devices are not for the workers.
+    environment = {**os.environ, "XLA_FLAGS": "", "MPLBACKEND": "Agg"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    record = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert len(record["runs"]) == 2 and jax.__version__ == record["machine"]["jax"]
+    for run in record["runs"]:
+        planned = record["plan"][run["arm"]]
+        # What ran is what was planned, exactly, but for the depths that a quota rounds.
+        off = 0.06 if run["arm"] == "stochastic" else 1e-12
+        assert abs(run["flops"] / planned["total"] - 1) < off and run["images"] == planned["images"]
+        assert 0 <= run["accuracy"] <= 1
+        assert set(run["at_depth"]) == ({"None"} if run["arm"] == "plain" else {"1", "2", "3", "4"})
+    # One seed decides nothing.
+    assert record["differences"][chosen[1]]["verdict"] == "not decided"
