@@ -5,8 +5,8 @@
 
 The worker's Python needs `torch`, `transformers`, `safetensors` and `numpy`, and neither JAX nor rinsx. It answers
 
-- `{"cmd": "build", "folder": ..., "compiled": false, "threads": 2, "batch": {...}, "adamw": {...}}` by nothing: the weights are those of
-    the folder, `batch` has the arguments of `make_batch`, and `adamw` those of `torch.optim.AdamW`;
+- `{"cmd": "build", "folder": ..., "compiled": false, "threads": 2, "batch": {...}, "adamw": {...}}` by nothing: the weights are
+    those of the folder, `batch` has the arguments of `make_batch`, and `adamw` those of `torch.optim.AdamW`;
 - `{"cmd": "versions"}` by versions of packages;
 - `{"cmd": "check", "steps": n}` by the losses of the first steps and the norm of the first gradient;
 - `{"cmd": "run", "what": "step" or "embed", "calls": n}` by the seconds of all of them together;

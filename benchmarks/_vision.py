@@ -25,8 +25,8 @@ TEMPLATES = (
     "this is a {}.",
     "{}.",
 )
-_SIZE = 100
-_FEW = 10
+_ROWS = 100
+_FEW = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Setting:
     depths: tuple[int, ...]
     points: int
     optimizer: Literal["muon", "adamw"]
+    dtype: Literal["float32", "bfloat16"]
+    shards: int
     train: tuple[str, ...]
     test: tuple[str, ...]
     image: str
@@ -76,7 +78,7 @@ class Setting:
 def build(arm: Arm, setting: Setting, classes: int, vocabulary: int, key: Any) -> Any:
     """The untrained model: a SigLIP, or a classifier. Arms of one key start from the same weights, layer by layer."""
     keys = jr.split(key, 4)
-    shape: dict[str, Any] = {"width": setting.width, "layers": setting.layers, "heads": setting.heads}
+    shape: Any = {name: getattr(setting, name) for name in ("width", "layers", "heads", "dtype")}
     # Everything is stored: no arm is charged for computing a state twice.
     same: dict[str, Any] = {"gradient": rx.gradient.Full(), "unroll": True}
 
@@ -92,11 +94,11 @@ def build(arm: Arm, setting: Setting, classes: int, vocabulary: int, key: Any) -
         return {"r": rx.Loop(arm.rounds, max=most, gradient=rx.gradient.Full(), unroll=True, **options)}
 
     head = None if setting.task == "pairs" else classes
-    config = rx.models.ViTConfig(setting.size, setting.patch, classes=head, dtype="float32", **shape)
+    config = rx.models.ViTConfig(setting.size, setting.patch, classes=head, **shape)
     image = rx.models.ViT(config, arm.image, key=keys[0], **same, **loops(arm.image, keys[1]))
     if setting.task == "classes":
         return image
-    config = rx.models.TextConfig(vocabulary, setting.context, dtype="float32", **shape)
+    config = rx.models.TextConfig(vocabulary, setting.context, **shape)
     text = rx.models.TextEncoder(config, arm.text, key=keys[2], **same, **loops(arm.text, keys[3]))
     return rx.models.SigLIP(image, text)
 
@@ -106,8 +108,8 @@ class Data:
     """What is trained on; held-out images, to choose learning rates and to report; and the captions of all classes."""
 
     train: rx.data.Pairs
-    tune: list[dict[str, np.ndarray]]
-    report: list[dict[str, np.ndarray]]
+    tune: rx.data.Pairs
+    report: rx.data.Pairs
     classes: int
     vocabulary: int
     captions: list[dict[str, np.ndarray]]
@@ -136,7 +138,7 @@ def load(setting: Setting) -> Data:
     plain = rx.data.Pixels(setting.size)
     drawn = rx.data.Pixels(setting.size, crop=crop, flip=setting.flip)
     pairs = rx.data.Pairs(train, drawn, captions)
-    held = lambda source: list(rx.data.evaluation(rx.data.Pairs(source, plain, captions), _SIZE))
+    held = lambda source: rx.data.Pairs(source, plain, captions)
     told, vocabulary = [], 0
     if pairs.captions is not None:
         vocabulary = pairs.captions.vocab_size
@@ -172,18 +174,19 @@ def logits(model, batch, key):
 
 
 def correct(
-    model: Any, setting: Setting, data: Data, batches: list[Any], depths: tuple[int, ...] | None
+    model: Any, setting: Setting, data: Data, pairs: rx.data.Pairs, depths: tuple[int, ...] | None, mesh: Any = None
 ) -> dict[int | None, np.ndarray]:
     """Whether each image is told right, at each depth (or at none, for a model without a loop)."""
-    rounds = None if depths is None else {"r": depths}
-    images = rx.transfer.embed(model, embed_images if setting.task == "pairs" else logits, batches, rounds=rounds)
+    same: dict[str, Any] = {"rounds": None if depths is None else {"r": depths}, "mesh": mesh}
+    batches = rx.data.evaluation(pairs, _ROWS)
+    images = rx.transfer.embed(model, embed_images if setting.task == "pairs" else logits, batches, **same)
     assert images.labels is not None
     found: dict[int | None, np.ndarray] = {}
     if setting.task == "classes":
         for depth, vectors in images.vectors.items():
             found[depth[0] if depth else None] = vectors.argmax(1) == images.labels
         return found
-    texts = rx.transfer.embed(model, embed_texts, data.captions, rounds=rounds)
+    texts = rx.transfer.embed(model, embed_texts, data.captions, **same)
     for depth, vectors in images.vectors.items():
         ensemble = texts.vectors[depth].reshape(data.classes, len(TEMPLATES), -1)
         weights = rx.transfer.classifier(ensemble)
@@ -217,10 +220,11 @@ def plan(arms: list[Arm], setting: Setting) -> rx.flops.Plan:
     return rx.flops.match(costs, reference=arms[0].name, tokens=images, tokens_per_step=setting.batch)
 
 
-def identity(arm: Arm, setting: Setting, seed: int, rate: float, tuning: bool) -> str:
+def identity(arm: Arm, setting: Setting, seed: int, rate: float, steps: int, tuning: bool) -> str:
     """The name of a run: equal where everything that decides its result is, wherever the data lies."""
     relevant = {**dataclasses.asdict(setting), "train": None, "test": None}
-    told = [dataclasses.asdict(arm), relevant, seed, rate, tuning, load(setting).fingerprint, TEMPLATES]
+    # The steps too: they follow from the baseline.
+    told = [dataclasses.asdict(arm), relevant, seed, rate, steps, tuning, load(setting).fingerprint, TEMPLATES]
     versions = rx.__version__, jax.__version__
     return hashlib.sha256(json.dumps([told, versions], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -241,6 +245,9 @@ def train(
     *,
     logs: list[Any],
     metrics: pathlib.Path,
+    checkpoints: pathlib.Path | None,
+    every: int,
+    prefetch: int,
     tuning: bool,
 ) -> dict[str, Any]:
     """Trains one arm with one seed, and evaluates it; the result is plain JSON."""
@@ -248,40 +255,54 @@ def train(
     data, steps = load(setting), row["steps"]
     model = build(arm, setting, data.classes, data.vocabulary, jr.key(seed))
     parameters = rx.flops.parameters(model)
+    mesh = rx.train.mesh(setting.shards) if jax.device_count() > 1 else None
+    loss = loss_of(setting)
+    if mesh is not None:
+        model = rx.train.place(model, mesh)
+        loss = loss if setting.task == "classes" else ft.partial(loss, mesh=mesh)
     depth: dict[str, Any] = {}
     if arm.stochastic:
         depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
     elif arm.rounds is not None:
         depth = {"r": arm.rounds}
     at = None if arm.rounds is None else (arm.rounds,)
-    batches = data.tune if tuning else data.report
-    every = max(steps // setting.points, 1)
+    pairs = data.tune if tuning else data.report
+    # On a part, evenly spaced, so that the curve costs little.
+    part = pairs.subset(np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), _FEW)).astype(int)))
+    every_points = max(steps // setting.points, 1)
+    before = data.train.counts
 
     def evaluate(model):
-        # On a part, so that the curve costs little.
-        (found,) = correct(model, setting, data, batches[:_FEW], at).values()
+        (found,) = correct(model, setting, data, part, at, mesh).values()
         return {"accuracy": float(found.mean())}
 
     lines = rx.train.JsonLines(metrics)
+    store = None
+    if checkpoints is not None:
+        store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
     run = rx.train.fit(
         model,
-        loss_of(setting),
-        rx.data.batches(data.train, setting.batch, seed=seed),
+        loss,
+        rx.data.batches(data.train, setting.batch, seed=seed, prefetch=prefetch),
         optimizer(setting.optimizer, rate),
         steps=steps,
         key=jr.key(2000 + seed),
         depth=depth,
-        steps_per_call=max(min(20, every), 1),
+        steps_per_call=max(min(20, every_points), 1),
         evaluate=evaluate,
-        evaluate_every=every,
+        evaluate_every=every_points,
+        checkpoints=store,
         logs=[lines, *logs],
+        mesh=mesh,
     )
     lines.close()
+    if store is not None:
+        store.close()
     if run.stopped:
         raise SystemExit(f"stopped by {run.stopped}; start again to continue")
     depths = at if tuning or arm.rounds is None else tuple(sorted({*setting.depths, arm.rounds}))
-    found = correct(run.model, setting, data, batches, depths)
-    counts = data.train.counts
+    found = correct(run.model, setting, data, pairs, depths, mesh)
+    counts = {kind: n - before.get(kind, 0) for kind, n in data.train.counts.items()}
     learned = (
         {}
         if setting.task == "classes"

@@ -12,11 +12,9 @@ from _report import ends, hardware, markdown, minutes, rich_table
 from rich.console import Console
 
 
-PAPER = {
-    "pairs": "The paper's gain is of SigLIP-B/16 on web data; a run of this size shows the method of the comparison, and neither "
-    "confirms nor refutes the claim.",
-    "classes": "The paper says that recursion does not help to classify images alone; a run of this size neither confirms nor "
-    "refutes it.",
+CLAIM = {
+    "pairs": "The paper's gain is of SigLIP-B/16, 203M parameters, on web data",
+    "classes": "The paper's finding that recursion does not help to classify images alone is of models as large",
 }
 
 
@@ -91,8 +89,12 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
         f"The smallest difference that this run could have seen is {visible:.2f} points; below it nothing is decided.",
         f"The standard error of a difference over images, apart from that, is up to {max(d.windows for d in found):.2f}.",
         f"What it can show: {baseline['parameters'] / 1e6:.2g}M parameters, {baseline['images']:,} images for the baseline "
-        f"({baseline['epochs']:.2g} epochs). {PAPER[setting.task]}",
+        f"({baseline['epochs']:.2g} epochs). {CLAIM[setting.task]}; a run that is smaller neither confirms nor refutes it.",
     ]
+    if pairs:
+        lines.append(
+            "Classes and templates are those of the training captions: what is judged is classification by text, no transfer."
+        )
     console = Console(width=None if Console().is_terminal else 200)
     console.print(rich_table("At the trained depth", header, rows))
     by_depth = ["arm", *(f"r={d}" for d in deep)]

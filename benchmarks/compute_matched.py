@@ -171,7 +171,8 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
         row = {"steps": planned[a.name].steps, "total": float(planned[a.name].total)}
         for rate in options.grid if options.tune else [found[a.name]]:
             for seed in range(1 if options.tune else options.seeds):
-                name = identity(a, setting, seed, rate, fingerprint + str(options.tune))
+                # The steps too: they follow from the baseline.
+                name = identity(a, setting, seed, rate, f"{fingerprint} {options.tune} {row['steps']}")
                 folder = None if options.save_every is None else str((options.output / "checkpoints" / name).resolve())
                 jobs.append(
                     {

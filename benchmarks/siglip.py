@@ -7,7 +7,7 @@ on two cores, and compares their zero-shot accuracy on held-out images. It write
 into `outputs/siglip`. Interrupted, it goes on where it was; what is there is not computed again. Real photographs:
 
     python benchmarks/siglip.py --train cifar10/train.parquet --test cifar10/test.parquet --label label --names label_name \
-        --size 32 --patch 4 --width 64 --heads 4 --images 80000 --crop 0.5 --flip
+        --size 32 --patch 4 --width 64 --heads 4 --images 60000 --crop 0.5 --flip
 """
 
 import dataclasses
@@ -68,6 +68,14 @@ class Options:
     """Numbers of rounds to evaluate at, besides the trained one."""
     points: int = 8
     """How many points a curve has."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What layers compute in."""
+    shards: int = 1
+    """In how many parts parameters are cut over the devices of a worker."""
+    prefetch: int = 0
+    """How many batches are decoded ahead, by a thread."""
+    save_every: int | None = None
+    """Save checkpoints after so many steps, for long runs. By default a run that is interrupted starts over."""
     train: tuple[pathlib.Path, ...] = ()
     """Parquet files of images to train on. By default scikit-learn's digits, a third of them held out."""
     test: tuple[pathlib.Path, ...] = ()
@@ -154,7 +162,8 @@ def jobs_of(options: Options, setting: Any, arms: list[Any], planned: Any) -> li
         row = {"steps": planned[arm.name].steps, "total": float(planned[arm.name].total)}
         for rate in options.grid if options.tune else [found[arm.name]]:
             for seed in range(1 if options.tune else options.seeds):
-                name = identity(arm, setting, seed, rate, options.tune)
+                name = identity(arm, setting, seed, rate, row["steps"], options.tune)
+                folder = None if options.save_every is None else str((options.output / "checkpoints" / name).resolve())
                 jobs.append(
                     {
                         "arm": dataclasses.asdict(arm),
@@ -163,6 +172,9 @@ def jobs_of(options: Options, setting: Any, arms: list[Any], planned: Any) -> li
                         "seed": seed,
                         "rate": rate,
                         "metrics": str((options.output / "metrics" / f"{name}.jsonl").resolve()),
+                        "checkpoints": folder,
+                        "every": options.save_every or 1000,
+                        "prefetch": options.prefetch,
                         "tuning": options.tune,
                         "name": name,
                     }
@@ -177,8 +189,10 @@ def work() -> None:
 
     def one(job: dict[str, Any], logs: list[Any]) -> dict[str, Any]:
         arm, setting = Arm(**job["arm"]), Setting(**_workers.settings(job["setting"]))
-        same = {"logs": logs, "metrics": pathlib.Path(job["metrics"]), "tuning": job["tuning"]}
-        return train(arm, setting, job["row"], job["seed"], job["rate"], **same)
+        path = lambda name: None if job[name] is None else pathlib.Path(job[name])
+        same = {name: job[name] for name in ("every", "prefetch", "tuning")}
+        files = {name: path(name) for name in ("metrics", "checkpoints")}
+        return train(arm, setting, job["row"], job["seed"], job["rate"], logs=logs, **files, **same)
 
     _workers.work(one)
 

@@ -52,7 +52,7 @@ class Config:
     """Pairs of a step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the layers compute in."""
-    turns: int = 12
+    turns: int = 8
     """How many times each is timed, in turns with the others."""
     steps: int = 2
     """Steps a turn, and calls of the embeddings a turn."""
@@ -148,11 +148,11 @@ def same(firsts: dict[str, tuple[list[float], float]], tolerance: float) -> floa
 
 def measure(config: Config, console: Console) -> dict[str, Any]:
     shape = shape_of(config)
-    images, tokens = make_batch(**batch_of(shape, config.batch))
-    batch = {"images": jnp.asarray(images), "tokens": jnp.asarray(tokens)}
     limit = max(config.steps, 2)
     with contextlib.ExitStack() as stack:
         processes = in_torch(config, shape, stack, console)
+        images, tokens = make_batch(**batch_of(shape, config.batch))
+        batch = {"images": jnp.asarray(images), "tokens": jnp.asarray(tokens)}
         makers = in_jax(shape, batch, limit, config.recursive)
         makers |= {name: ft.partial(by_process, process) for name, process in processes.items()}
         contestants, firsts = {}, {}
@@ -162,6 +162,7 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
                 # Compiles all there is.
                 found = contestant.check(2)
                 contestant.run("embed", 1)
+                contestant.run("step", config.steps)
             except Failed as error:
                 console.print(f"[red]{name}: {error}")
                 continue

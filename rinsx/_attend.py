@@ -31,9 +31,9 @@ def attention(
 ) -> Float[Array, "batch heads t dim"]:
     """Attention of every position to itself and to earlier ones, or to all, of the same segment.
 
-    On a GPU, in bfloat16 or float16, this is the flash kernel of `jax.nn.dot_product_attention`, for heads of a size that it
-    takes (a multiple of 8, at most 128). Elsewhere it is written out, with scores in float32, the form that measures fastest
-    on CPU (see the results on training speed).
+    On a GPU, in bfloat16 or float16, this is the flash kernel of `jax.nn.dot_product_attention`, for more than one query and
+    heads of a size that it takes (a multiple of 8, at most 128). Elsewhere it is written out, with scores in float32, the form
+    that measures fastest on CPU (see the results on training speed).
 
     !!! example
 
@@ -70,7 +70,9 @@ def attention(
         if not causal:
             raise ValueError(f"a window reaches back from a position: it needs causal=True; got window={window}.")
     same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128:
+    # The kernel gains nothing for a single query, and wants it sharded as the keys are.
+    flash = t > 1 and dim % 8 == 0 and dim <= 128
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and flash:
         swap = lambda x: x.swapaxes(1, 2)
         # The window of JAX does not count oneself.
         local = None if window is None else (window - 1, 0)

@@ -21,7 +21,7 @@ import rinsx as rx
 
 
 IMAGE = rx.models.ViTConfig(8, patch=4, width=16, layers=4, heads=4, hidden=24, classes=5, dtype="float32")
-TEXT = rx.models.TextConfig(31, context=6, width=16, layers=4, heads=4, hidden=24, size=12, dtype="float32")
+TEXT = rx.models.TextConfig(31, context=6, width=16, layers=4, heads=4, hidden=24, outputs=12, dtype="float32")
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 
 
@@ -247,6 +247,11 @@ def test_the_loss_of_a_classifier_leaves_out_rows_of_weight_zero():
     np.testing.assert_allclose((total, weight), (-sum(right), 3), rtol=1e-5)
     total, weight = model.loss({"images": x, "labels": labels, "weights": jnp.array([1.0, 0.0, 1.0])})
     np.testing.assert_allclose((total, weight), (-right[0] - right[2], 2), rtol=1e-5)
+    # A label that is no class is seen, where it counts.
+    for wrong in (-1, 5):
+        batch = {"images": x, "labels": jnp.array([0, wrong, 4])}
+        assert jnp.isnan(model.loss(batch)[0])
+        assert model.loss({**batch, "weights": jnp.array([1.0, 0.0, 1.0])})[0] == total
 
 
 def test_adapters_and_keys_reach_the_layers():

@@ -403,7 +403,7 @@ def test_shapes_that_transformers_has_not(config, message, tmp_path):
     for call in (rx.pretrained.load, rx.pretrained.save):
         with pytest.raises(ValueError, match=message):
             call(model, tmp_path)
-    text = rx.models.TextEncoder(dataclasses.replace(TEXT, size=3 if "classes" in config else None), key=jr.key(0))
+    text = rx.models.TextEncoder(dataclasses.replace(TEXT, outputs=3 if "classes" in config else None), key=jr.key(0))
     with pytest.raises(ValueError, match=message):
         rx.pretrained.save(rx.models.SigLIP(model, text), tmp_path)
 

@@ -16,7 +16,7 @@ import rinsx as rx
 
 
 IMAGE = rx.models.ViTConfig(8, patch=4, width=16, layers=2, heads=2, hidden=24, dtype="float32")
-TEXT = rx.models.TextConfig(31, context=6, width=12, layers=2, heads=2, hidden=16, size=16, dtype="float32")
+TEXT = rx.models.TextConfig(31, context=6, width=12, layers=2, heads=2, hidden=16, outputs=16, dtype="float32")
 
 
 @eqx.filter_jit
@@ -141,7 +141,7 @@ def test_it_learns_pairs_by_heart_at_every_depth_it_was_trained_at():
     ("make", "message"),
     [
         (lambda: rx.models.SigLIP(abs, abs, scale=0.0), "`scale` must be positive; got 0.0"),
-        (lambda: rx.models.SigLIPConfig(IMAGE, dataclasses.replace(TEXT, size=8)), "got 16 of images, 8 of texts"),
+        (lambda: rx.models.SigLIPConfig(IMAGE, dataclasses.replace(TEXT, outputs=8)), "got 16 of images, 8 of texts"),
         (
             lambda: siglip().loss({"images": batch(4)["images"], "tokens": batch(3)["tokens"]}),
             r"as many images as texts.*\(4, 16\) of images, \(3, 16\) of texts",

@@ -69,13 +69,11 @@ def test_the_plan_matches_flops_to_half_a_step(task):
 
 def test_held_out_images_are_not_trained_on():
     data = _vision.load(setting())
-    rows = lambda batches: np.concatenate([b["images"][b["weights"] > 0] for b in batches])
-    tune, report = rows(data.tune), rows(data.report)
-    whole = {x.tobytes() for x in rows(rx.data.evaluation(rx.data.Pairs(rx.data.digits(), rx.data.Pixels(8)), 100))}
-    kept = rx.data.Pairs(data.train.source, rx.data.Pixels(8))
-    train = {x.tobytes() for x in rows(rx.data.evaluation(kept, 100))}
-    parts = [train, {x.tobytes() for x in tune}, {x.tobytes() for x in report}]
-    assert len(data.train) + len(tune) + len(report) == 1797
+    plain = lambda source: rx.data.Pairs(source, rx.data.Pixels(8)).take(range(len(source)))["images"]
+    images = lambda source: {x.tobytes() for x in plain(source)}
+    parts = [images(pairs.source) for pairs in (data.train, data.tune, data.report)]
+    whole = images(rx.data.digits())
+    assert sum(map(len, (data.train, data.tune, data.report))) == 1797
     assert set.union(*parts) == whole
     # Two of the digits could be equal; no more than that.
     assert sum(map(len, parts)) - len(whole) <= 2
@@ -85,14 +83,15 @@ def test_accuracies_are_those_of_a_plain_loop():
     s = setting()
     data = _vision.load(s)
     model = _vision.build(arms("pairs")[3], s, data.classes, data.vocabulary, jr.key(0))
-    batches = data.tune[:1]
-    found = _vision.correct(model, s, data, batches, (1, 3))
+    pairs = data.tune.subset(range(150))  # a batch and a part of one
+    batch = pairs.take(range(150))
+    found = _vision.correct(model, s, data, pairs, (1, 3))
     for r in (1, 3):
         deep = rx.with_rounds(model, r=r)
         unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
         classes = np.stack([unit(unit(np.asarray(deep.text(b["tokens"]))).mean(0)) for b in map(jnp_of, data.captions)])
-        images = unit(np.asarray(deep.image(jnp.asarray(batches[0]["images"]))))
-        np.testing.assert_array_equal(found[r], (images @ classes.T).argmax(1) == batches[0]["labels"])
+        images = unit(np.asarray(deep.image(jnp.asarray(batch["images"]))))
+        np.testing.assert_array_equal(found[r], (images @ classes.T).argmax(1) == batch["labels"])
 
 
 def jnp_of(batch):
@@ -136,6 +135,32 @@ def test_the_report_counts_in_points_and_says_what_it_could_see(tmp_path, capsys
     means = {name: np.mean([r["accuracy"] for r in results if r["arm"] == name]) for name in names}
     np.testing.assert_allclose(found["text"]["mean"], 100 * (means["text"] - means["plain"]))
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
+def test_names_of_runs_tell_apart_what_changes_results():
+    s, (plain, *_, both, _) = setting(), arms("pairs")
+    options = dataclasses.replace(OPTIONS, learning_rate=0.01)
+
+    def names(order):
+        return {job["name"] for job in siglip.jobs_of(options, s, order, _vision.plan(order, s))}
+
+    # The baseline sets the steps of all.
+    assert names([plain, both]).isdisjoint(names([both, plain]))
+    assert len(names([plain, both])) == 2 * OPTIONS.seeds
+
+
+def test_learning_rates_are_those_of_the_nearest_sweep(tmp_path, capsys):
+    sweep = {"optimizer": "muon", "task": "pairs", "width": 16, "size": 8, "layers": 2, "batch": 64, "images": 640}
+    sweeps = [{**sweep, "best": {"plain": 0.01, "both": 0.02}}, {**sweep, "width": 99, "best": {"plain": 0.5}}]
+    (tmp_path / "tuned_vision.json").write_text(json.dumps({"sweeps": sweeps}), "utf-8")
+    options = dataclasses.replace(OPTIONS, output=tmp_path)
+    found = siglip.rates(options, setting(), ["plain", "both", "text"])
+    assert found == {"plain": 0.01, "both": 0.02, "text": 0.02}
+    assert capsys.readouterr().out == ""
+    siglip.rates(options, setting(layers=4), ["plain"])
+    assert "learning rates were tuned at {'layers': 2}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no learning rate is tuned for adamw"):
+        siglip.rates(options, setting(optimizer="adamw"), ["plain"])
 
 
 def test_the_tuned_learning_rates_are_interior_for_every_arm():

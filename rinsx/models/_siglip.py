@@ -35,7 +35,7 @@ class SigLIPConfig:
     **Attributes:**
 
     - `image`: a [`rinsx.models.ViTConfig`][], without classes.
-    - `text`: a [`rinsx.models.TextConfig`][], whose `size` is the width of the image tower.
+    - `text`: a [`rinsx.models.TextConfig`][], whose `outputs` are as many as the width of the image tower.
     """
 
     image: ViTConfig
@@ -43,9 +43,9 @@ class SigLIPConfig:
 
     def __post_init__(self):
         size = self.image.width if self.image.classes is None else self.image.classes
-        if size != self.text.size:
+        if size != self.text.outputs:
             raise ValueError(
-                f"both towers must make vectors of one size; got {size} of images, {self.text.size} of texts."
+                f"both towers must make vectors of one size; got {size} of images, {self.text.outputs} of texts."
             )
 
 

@@ -35,7 +35,7 @@ class TextConfig:
     - `vocab_size`: how many tokens there are.
     - `context`: how many tokens a text has; shorter ones are padded, and attention sees the padding, as in SigLIP.
     - `width`, `layers`, `heads`, `hidden`, `mlp`, `epsilon`, `dtype`: as in [`rinsx.models.ViTConfig`][].
-    - `size`: of the vector that the head makes; by default `width`.
+    - `outputs`: the size of the vector that the head makes; by default `width`.
     - `pool`: how one vector is made of all positions: `"last"` (SigLIP's), `"first"`, `"mean"`, or `"map"` by attention.
     """
 
@@ -45,16 +45,16 @@ class TextConfig:
     layers: int
     heads: int
     hidden: int | None = None
-    size: int | None = None
+    outputs: int | None = None
     mlp: Kind = "gelu"
     pool: Pool = "last"
     epsilon: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self):
-        check_shape(self, "vocab_size", "context", "size")
-        if self.size is None:
-            object.__setattr__(self, "size", self.width)
+        check_shape(self, "vocab_size", "context", "outputs")
+        if self.outputs is None:
+            object.__setattr__(self, "outputs", self.width)
 
 
 class TextEncoder(eqx.Module):
@@ -96,13 +96,13 @@ class TextEncoder(eqx.Module):
         - `signature`, `split`, `gradient`, `unroll`, `key`, `loops`: as in [`rinsx.models.ViT`][].
         """
         key_tokens, key_positions, key_encoder, key_head = jr.split(key, 4)
-        size: int = config.size  # pyright: ignore[reportAssignmentType]
+        outputs: int = config.outputs  # pyright: ignore[reportAssignmentType]
         self.tokens = Embedding(config.vocab_size, config.width, key=key_tokens)
         self.positions = Embedding(config.context, config.width, key=key_positions)
         self.encoder = Encoder(
             config, signature, split=split, gradient=gradient, unroll=unroll, key=key_encoder, loops=loops
         )
-        self.head = Linear(config.width, size, bias=True, key=key_head)
+        self.head = Linear(config.width, outputs, bias=True, key=key_head)
         self.config = config
 
     def __call__(

@@ -182,7 +182,8 @@ class ViT(eqx.Module):
 
         **Arguments:**
 
-        - `batch`: `images`, `labels` of shape `[batch]`, and if there are any `weights` of that shape.
+        - `batch`: `images`, `labels` of shape `[batch]`, and if there are any `weights` of that shape. Values are not checked: a
+            label that is no class makes the loss NaN, unless its weight is 0.
         - `key`: as in a call.
 
         **Returns:**
@@ -194,8 +195,10 @@ class ViT(eqx.Module):
         logits = self(batch["images"], key=key)
         labels = batch["labels"]
         weights = batch["weights"] if "weights" in batch else jnp.ones(labels.shape)
-        right = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-        return -jnp.sum(weights * right), jnp.sum(weights)
+        known = (labels >= 0) & (labels < logits.shape[1])
+        right = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, labels, 0)[:, None], axis=1)[:, 0]
+        lost = jnp.where(weights == 0, 0.0, jnp.where(known, -weights * right, jnp.nan))
+        return jnp.sum(lost), jnp.sum(weights)
 
     def _embed(self, images: Images) -> Float[Array, "batch n width"]:
         config = self.config

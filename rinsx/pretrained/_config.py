@@ -140,7 +140,7 @@ def _image(given: Mapping[str, Any], family: str, where: Any, dtype: Any, classe
 
 
 def _text(given: Mapping[str, Any], where: Any, dtype: Any) -> TextConfig:
-    return TextConfig(**_common(given, TEXT, "siglip", where), size=given.get("projection_size"), dtype=dtype)
+    return TextConfig(**_common(given, TEXT, "siglip", where), outputs=given.get("projection_size"), dtype=dtype)
 
 
 def _pair(given: Mapping[str, Any], name: str, value: Any, where: Any) -> tuple[int, int]:
@@ -186,4 +186,4 @@ def _describe_text(config: TextConfig) -> dict[str, Any]:
         raise ValueError(f"the text tower of transformers' SigLIP has pool='last'; got pool={config.pool!r}.")
     # Its defaults for these are tokens of another vocabulary, of which transformers warns.
     special = {"bos_token_id": None, "eos_token_id": None}
-    return {**_describe(config, TEXT), "projection_size": config.size, **special}
+    return {**_describe(config, TEXT), "projection_size": config.outputs, **special}
