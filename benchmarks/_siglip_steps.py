@@ -42,10 +42,10 @@ ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-4}
 def build(config: rx.models.SigLIPConfig, signature: str = "A B", *, stored: bool = False, seed: int = 0) -> Any:
     """The model; every signature of the same blocks starts from the same weights. `stored` unrolls all and stores it."""
     full: dict[str, Any] = {"gradient": rx.gradient.Full(), "unroll": True} if stored else {}
-    loops = {name: rx.Loop(2, **full) for name in rx.Signature(signature).exponents}
+    loops: dict[str, Any] = {name: rx.Loop(2, **full) for name in rx.Signature(signature).exponents}
     keys = jr.split(jr.key(seed))
-    towers = (rx.models.ViT, config.image, keys[0]), (rx.models.TextEncoder, config.text, keys[1])
-    return rx.models.SigLIP(*(tower(c, signature, key=key, **full, **loops) for tower, c, key in towers))
+    image = rx.models.ViT(config.image, signature, key=keys[0], **full, **loops)
+    return rx.models.SigLIP(image, rx.models.TextEncoder(config.text, signature, key=keys[1], **full, **loops))
 
 
 def flops(model: Any, batch: dict[str, Any]) -> int:
@@ -211,7 +211,7 @@ def by_hand(params: dict[str, Any], batch: dict[str, Any], config: rx.models.Sig
     b1, b2 = ADAMW["betas"]
     optimizer = optax.adamw(ADAMW["lr"], b1, b2, ADAMW["eps"], weight_decay=ADAMW["weight_decay"])
 
-    # Several steps in one call, as rinsx has them: on CPU, XLA compiles a step in a loop to a faster program than a step alone.
+    # Several steps in one call, as rinsx has them: on CPU a step in a loop measures faster than a step alone.
     @ft.partial(jax.jit, donate_argnums=(0, 1), static_argnums=2)
     def steps(params, state, count, batches):
         def step(carry, batch):

@@ -25,7 +25,7 @@ TEMPLATES = (
     "this is a {}.",
     "{}.",
 )
-_ROWS = 100
+_ROWS = 128
 _FEW = 1000
 
 
@@ -112,7 +112,7 @@ class Data:
     report: rx.data.Pairs
     classes: int
     vocabulary: int
-    captions: list[dict[str, np.ndarray]]
+    captions: np.ndarray | None
     fingerprint: str
 
 
@@ -139,15 +139,14 @@ def load(setting: Setting) -> Data:
     drawn = rx.data.Pixels(setting.size, crop=crop, flip=setting.flip)
     pairs = rx.data.Pairs(train, drawn, captions)
     held = lambda source: rx.data.Pairs(source, plain, captions)
-    told, vocabulary = [], 0
+    tokens, vocabulary = None, 0
     if pairs.captions is not None:
         vocabulary = pairs.captions.vocab_size
-        rows, met = pairs.captions.read_classes()
-        told = [{"tokens": tokens} for tokens in rows]
+        tokens, met = pairs.captions.read_classes()
         if any(kinds for one in met for kinds in one):
             raise SystemExit(f"captions do not fit into --context {setting.context}: give more")
     fingerprint = hashlib.sha256("".join((train.fingerprint(), report.fingerprint())).encode()).hexdigest()
-    return Data(pairs, held(tune), held(report), len(names), vocabulary, told, fingerprint)
+    return Data(pairs, held(tune), held(report), len(names), vocabulary, tokens, fingerprint)
 
 
 def _names(setting: Setting, paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -161,14 +160,6 @@ def _names(setting: Setting, paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found[i] for i in range(len(found)))
 
 
-def embed_images(model, batch, key):
-    return model.embed_images(batch["images"])
-
-
-def embed_texts(model, batch, key):
-    return model.embed_texts(batch["tokens"])
-
-
 def logits(model, batch, key):
     return model(batch["images"])
 
@@ -179,19 +170,12 @@ def correct(
     """Whether each image is told right, at each depth (or at none, for a model without a loop)."""
     same: dict[str, Any] = {"rounds": None if depths is None else {"r": depths}, "mesh": mesh}
     batches = rx.data.evaluation(pairs, _ROWS)
-    images = rx.transfer.embed(model, embed_images if setting.task == "pairs" else logits, batches, **same)
-    assert images.labels is not None
-    found: dict[int | None, np.ndarray] = {}
-    if setting.task == "classes":
-        for depth, vectors in images.vectors.items():
-            found[depth[0] if depth else None] = vectors.argmax(1) == images.labels
-        return found
-    texts = rx.transfer.embed(model, embed_texts, data.captions, **same)
-    for depth, vectors in images.vectors.items():
-        ensemble = texts.vectors[depth].reshape(data.classes, len(TEMPLATES), -1)
-        weights = rx.transfer.classifier(ensemble)
-        found[depth[0] if depth else None] = rx.transfer.zero_shot(vectors, weights, images.labels)
-    return found
+    if data.captions is not None:
+        found = rx.transfer.evaluate_zero_shot(model, batches, data.captions, batch_size=_ROWS, **same)
+    else:
+        seen = rx.transfer.embed(model, logits, batches, **same)
+        found = {depth: vectors.argmax(1) == seen.labels for depth, vectors in seen.vectors.items()}
+    return {depth[0] if depth else None: right for depth, right in found.items()}
 
 
 def loss_of(setting: Setting) -> Any:

@@ -70,7 +70,9 @@ class Config:
 
 def shape_of(config: Config) -> rx.models.SigLIPConfig:
     if config.preset == "small":
-        size = {"width": 32, "layers": 2, "heads": 2} if config.quick else {"width": 192, "layers": 6, "heads": 3}
+        size: dict[str, Any] = {"width": 192, "layers": 6, "heads": 3}
+        if config.quick:
+            size = {"width": 32, "layers": 2, "heads": 2}
         image = rx.models.ViTConfig(64, patch=8, **size, dtype=config.dtype)
         return rx.models.SigLIPConfig(image, rx.models.TextConfig(1000, context=16, **size, dtype=config.dtype))
     preset = rx.models.siglip_presets[config.preset]

@@ -12,6 +12,7 @@ from hypothesis import given
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import rinsx as rx
+from rinsx.nn import _contrastive
 
 
 def sigmoid(x, y, scale, bias, w):
@@ -72,40 +73,49 @@ def close(got, want, tol=2e-5):
         assert np.max(np.abs(a - b), initial=0) <= tol * max(1, np.max(np.abs(b), initial=0)), (a, b)
 
 
+@ft.cache
+def made(loss, piece, scalars):
+    """A loss, and its value and gradient by all arguments but weights: compiled once for all examples of one shape."""
+    call = lambda w, *args: loss(*args, weights=w, piece=piece)
+    grads = jax.value_and_grad(lambda *args: call(*args)[0], argnums=tuple(range(1, 3 + scalars)))
+    return jax.jit(call), jax.jit(grads)
+
+
+def check(loss, formula, piece, x, y, w, given, *scalars):
+    value, grads = made(loss, piece, len(scalars))
+    args = (given, x, y, *map(jnp.float32, scalars))
+    total, weight = value(*args)
+    assert total.dtype == weight.dtype == jnp.float32 and weight == np.sum(w)
+    total_too, slopes = grads(*args)
+    close([total_too, *slopes], formula(x, y, *scalars, w))
+    # What is computed without a gradient, apart from it, is the same.
+    close([total], [total_too])
+
+
 @given(
-    st.sampled_from([1, 5, 12]),
-    st.sampled_from([1, 7]),
-    st.sampled_from([1, 130, 300, 2**28]),
+    # One row; pieces of one text, of several, with a last one to fill up; and one piece of all.
+    st.sampled_from([(1, 7, 1), (5, 1, 2**28), (12, 7, 1), (12, 7, 130), (5, 7, 60), (5, 7, 300)]),
     st.booleans(),
     st.sampled_from([0.0, 1.0, 10.0]),
     st.sampled_from([-10.0, 0.0, 2.0]),
     st.integers(0, 99),
 )
-def test_sigmoid_loss_is_the_formula(n, d, piece, zeros, scale, bias, seed):
+def test_sigmoid_loss_is_the_formula(shape, zeros, scale, bias, seed):
+    n, d, piece = shape
     x, y, w = data(n, d, seed, zeros)
-    given = w if zeros else None
-    loss = ft.partial(rx.nn.sigmoid_loss, weights=given, piece=piece)
-    total, weight = loss(x, y, scale, bias)
-    assert total.dtype == weight.dtype == jnp.float32 and weight == np.sum(w)
-    got = slopes(loss, x, y, scale, bias)
-    close(got, sigmoid(x, y, scale, bias, w))
-    # What is computed without a gradient, apart from it, is the same.
-    close([total], got[:1])
+    check(rx.nn.sigmoid_loss, sigmoid, piece, x, y, w, w if zeros else None, scale, bias)
 
 
 @given(
-    st.sampled_from([1, 4, 9]),
-    st.sampled_from([1, 160, 2**28]),
+    st.sampled_from([(1, 1), (4, 2**28), (9, 1), (9, 180)]),
     st.booleans(),
     st.sampled_from([0.0, 3.0, 20.0]),
     st.integers(0, 99),
 )
-def test_softmax_loss_is_the_formula(n, piece, zeros, scale, seed):
+def test_softmax_loss_is_the_formula(shape, zeros, scale, seed):
+    n, piece = shape
     x, y, w = data(n, 5, seed, zeros)
-    loss = ft.partial(rx.nn.softmax_loss, weights=w if zeros else None, piece=piece)
-    total, weight = loss(x, y, scale)
-    assert total.dtype == weight.dtype == jnp.float32 and weight == np.sum(w)
-    close(slopes(loss, x, y, scale), softmax(x, y, scale, w))
+    check(rx.nn.softmax_loss, softmax, piece, x, y, w, w if zeros else None, scale)
 
 
 def test_the_losses_of_the_papers():
@@ -113,10 +123,10 @@ def test_the_losses_of_the_papers():
     x, y, _ = data(6, 4, 0)
     logits = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T * 10 - 10
     labels = 2 * np.eye(6) - 1
-    total, weight = rx.nn.sigmoid_loss(x, y, 10.0, -10.0)
+    total, weight = made(rx.nn.sigmoid_loss, 2**28, 2)[0](None, x, y, 10.0, -10.0)
     assert np.isclose(total / weight, np.sum(np.log1p(np.exp(-labels * logits))) / 6)
     entropy = lambda logits: -np.mean(np.diag(logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))))
-    total, weight = rx.nn.softmax_loss(x, y, 10.0)
+    total, weight = made(rx.nn.softmax_loss, 2**28, 1)[0](None, x, y, 10.0)
     assert np.isclose(total / weight, (entropy(logits) + entropy(logits.T)) / 2)
 
 
@@ -200,11 +210,9 @@ def test_the_ring_is_the_formula(name, piece):
     got = slopes(loss, place(x), place(y), 8.0, -4.0)
     close(got, want)
     assert got[1].sharding.is_equivalent_to(place(x).sharding, 2)
-    total, weight = loss(place(x), place(y), 8.0, -4.0)
+    # Of the value alone, and of arrays that are not shared out yet.
+    total, weight = jax.jit(lambda *a: rx.nn.sigmoid_loss(*a, 8.0, -4.0, weights=w, mesh=mesh, piece=piece))(x, y)
     close([total, weight], [want[0], np.sum(w)])
-    # Arrays that are not shared out yet.
-    total, _ = jax.jit(lambda *a: rx.nn.sigmoid_loss(*a, 8.0, -4.0, weights=w, mesh=mesh, piece=piece))(x, y)
-    close([total], want[:1])
 
 
 def test_bfloat16_around_the_ring():
@@ -218,13 +226,32 @@ def test_bfloat16_around_the_ring():
     close(ring, alone, tol=2**-8)
 
 
-def test_softmax_loss_under_a_mesh():
+@pytest.mark.parametrize("given", [False, True])
+def test_softmax_loss_under_a_mesh(given):
+    """Of rows that are shared out already, and of rows that the loss shares out."""
     mesh = rx.train.mesh(2)
     x, y, w = data(24, 5, 3)
-    place = lambda a: jax.device_put(a, NamedSharding(mesh, P(mesh.axis_names)))
-    for piece in (1, 500, 2**28):
-        loss = lambda x, y, s: rx.nn.softmax_loss(x, y, s, weights=place(w), piece=piece)
-        close(slopes(loss, place(x), place(y), 8.0), slopes(ft.partial(rx.nn.softmax_loss, weights=w), x, y, 8.0))
+    rows = NamedSharding(mesh, P(mesh.axis_names))
+    place = lambda a: a if given else jax.device_put(a, rows)
+    want = softmax(x, y, 8.0, w)
+    for piece in (1, 500, 2**28) if given else (500,):
+        options = {"weights": place(w), "piece": piece, "mesh": mesh if given else None}
+        got = slopes(ft.partial(rx.nn.softmax_loss, **options), place(x), place(y), 8.0)
+        close(got, want)
+        if given:
+            assert all(slope.sharding.is_equivalent_to(rows, 2) for slope in got[1:3])
+
+
+@pytest.mark.parametrize("loss", [rx.nn.sigmoid_loss, rx.nn.softmax_loss])
+def test_a_mesh_outside_of_jit(loss):
+    mesh = rx.train.mesh(2)
+    x, y, w = data(8, 5, 3)
+    rows = NamedSharding(mesh, P(mesh.axis_names))
+    scalars, formula = ((5.0, -3.0), sigmoid) if loss is rx.nn.sigmoid_loss else ((5.0,), softmax)
+    want = formula(x, y, *scalars, w)[:1]
+    for place in (lambda a: a, lambda a: jax.device_put(a, rows)):
+        total, weight = loss(place(x), place(y), *scalars, weights=place(w), mesh=mesh)
+        close([total, weight], [*want, np.sum(w)])
 
 
 #
@@ -238,10 +265,9 @@ ROWS, WIDTH = 2048, 16
 def compiled(loss, grad, ring, piece):
     mesh = rx.train.mesh(2) if ring else None
     sharding = NamedSharding(mesh, P(mesh.axis_names)) if mesh is not None else None
-    options = {"mesh": mesh} if ring and loss is rx.nn.sigmoid_loss else {}
     rows = lambda *shape: jax.ShapeDtypeStruct((ROWS, *shape), jnp.float32, sharding=sharding)
     scalars = (jnp.float32(8), jnp.float32(-4)) if loss is rx.nn.sigmoid_loss else (jnp.float32(8),)
-    total = lambda w, *args: loss(*args, weights=w, piece=piece, **options)[0]
+    total = lambda w, *args: loss(*args, weights=w, piece=piece, mesh=mesh)[0]
     run = jax.value_and_grad(total, argnums=(1, 2, 3)) if grad else total
     return jax.jit(run).lower(rows(), rows(WIDTH), rows(WIDTH), *scalars).compile()
 
@@ -306,5 +332,12 @@ def test_refuses():
             loss(x, y, *scalars, weights=w[:4])
         with pytest.raises(ValueError, match="`piece` is a number of bytes, at least 1; got 0"):
             loss(x, y, *scalars, piece=0)
-    with pytest.raises(ValueError, match="a multiple of the 8 devices of the mesh; got 6 rows"):
-        rx.nn.sigmoid_loss(x, y, 1.0, 0.0, mesh=rx.train.mesh())
+        with pytest.raises(ValueError, match="a multiple of the 8 devices of the mesh; got 6 rows"):
+            loss(x, y, *scalars, mesh=rx.train.mesh())
+        with pytest.raises(TypeError, match="mesh"):
+            loss(x, y, *scalars, mesh=(4, 2))
+    # Without the annotations, which the tests enforce.
+    with pytest.raises(TypeError, match=r"`mesh` must be a jax.sharding.Mesh.* got \(4, 2\)"):
+        _contrastive._shared_by((4, 2), 6)
+    with pytest.raises(ValueError, match="must be of the type Auto; got .*Explicit"):
+        rx.nn.softmax_loss(*data(8, 4, 0)[:2], 1.0, mesh=meshes()["explicit"])

@@ -2,6 +2,8 @@
 
 import io
 import json
+import pathlib
+import re
 import struct
 import sys
 import tarfile
@@ -367,12 +369,23 @@ def test_pixels_that_cannot_be():
         r"`crop`.*\(0, 1\)": {"size": 4, "crop": (0, 1)},
         r"`crop`.*\(0.5,\)": {"size": 4, "crop": (0.5,)},
         r"`size`.*\(4, 4, 3\)": {"size": (4, 4, 3)},
+        r"`size`.*-1": {"size": np.int64(-1)},
         r"`mean`.*\(0, 0\)": {"size": 4, "mean": (0, 0)},
         "`std`.*0.0": {"size": 4, "std": 0.0},
         "`mean`.*nan": {"size": 4, "mean": float("nan")},
     }.items():
         with pytest.raises(ValueError, match=message):
             data.Pixels(**options)
+
+
+def test_sizes_are_any_integers():
+    for size in (8, np.int64(8), np.uint8(8), (8, np.int32(8)), [8, 8]):
+        pixels = data.Pixels(size)
+        assert pixels.size == (8, 8) and all(type(side) is int for side in pixels.size)
+        assert pixels(noise((9, 12, 3))).shape == (8, 8, 3)
+    for wrong in (8.0, (8, 8.5), "8"):
+        with pytest.raises(TypeError, match="size"):
+            data.Pixels(wrong)
 
 
 # Sources.
@@ -437,6 +450,31 @@ def test_parquet_as_hugging_face_publishes_it(tmp_path):
     assert source.names == NAMES and rows(source) == [(raw, None, label) for raw, label in zip(PICTURES, LABELS)]
 
 
+def test_names_of_classes_differ_between_files(tmp_path):
+    def write(name, names):
+        kind = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+        features = datasets.Features({"image": datasets.Value("binary"), "label": kind})
+        columns = {"image": PICTURES[:2], "label": [0, 1]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / name)
+
+    write("a.parquet", ["cat", "dog"])
+    write("b.parquet", ["cat", "dog"])
+    assert data.image_parquet(tmp_path, label="label").names == ("cat", "dog")
+    for other, shown in (
+        (["dog", "cat"], r"\['dog', 'cat'\]"),
+        (["cat", "dog", "eel"], "'eel'"),
+        (None, "no names"),
+    ):
+        write("b.parquet", other)
+        with pytest.raises(ValueError, match=rf"a.parquet has \['cat', 'dog'\], and .*b.parquet has .*{shown}"):
+            data.image_parquet(tmp_path, label="label")
+        with pytest.raises(ValueError, match="b.parquet has .*, and .*a.parquet has"):
+            data.image_parquet(tmp_path / "b.parquet", tmp_path / "a.parquet", label="label")
+        source = data.image_parquet(tmp_path, label="label", names=["x", "y"])
+        assert source.names == ("x", "y") and [label for _, _, label in rows(source)] == [0, 1, 0, 1]
+        assert data.image_parquet(tmp_path).names is None
+
+
 def test_labels_that_are_names(tmp_path):
     for labels in (pa.array([NAMES[i] for i in LABELS]), pa.array([NAMES[i] for i in LABELS]).dictionary_encode()):
         pq.write_table(pa.table({"image": PICTURES, "label": labels}), tmp_path / "a.parquet")
@@ -448,6 +486,70 @@ def test_labels_that_are_names(tmp_path):
             ValueError, match=r"a.parquet, row 2: the label 'eel' is none of the names \['cat', 'dog'\]"
         ):
             data.image_parquet(tmp_path, label="label", names=["cat", "dog"])
+
+
+SEVERAL = [["a", "b"], ["größer"], [], None, ["", "c", None], ["d", " "], ["e"]]
+TUPLES = [("a", "b"), ("größer",), (), "", ("", "c", ""), ("d", " "), ("e",)]
+
+
+def sources_of_texts(tmp_path, texts):
+    """The same texts in every source that can hold them."""
+    strings = pa.list_(pa.string()) if isinstance(texts[0], list) else pa.string()
+    for kind in (strings, pa.large_list(pa.string())) if isinstance(texts[0], list) else (strings,):
+        table = pa.table({"image": PICTURES, "text": pa.array(texts, kind)})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+        yield data.image_parquet(tmp_path / "a.parquet", text="text", row_groups=1)
+    yield data.image_huggingface(datasets.Dataset.from_dict({"image": PICTURES, "text": texts}), text="text")
+    members = [
+        (f"{i}.{kind}", raw)
+        for i, text in enumerate(texts)
+        for kind, raw in (("png", PICTURES[i]), ("json", json.dumps({"t": text})))
+    ]
+    yield data.image_tar(shard(tmp_path / "a.tar", members), text="json:t")
+
+
+def test_several_captions_an_image(tmp_path):
+    for source in sources_of_texts(tmp_path, SEVERAL):
+        assert [text for _, text, _ in rows(source)] == TUPLES
+        assert [image for image, _, _ in rows(source)] == PICTURES
+        assert list(source.texts()) == TUPLES
+        assert len(source.fingerprint()) == 64
+    pq.write_table(pa.table({"image": PICTURES[:1], "text": [[1]]}), tmp_path / "a.parquet")
+    with pytest.raises(TypeError, match="'text' must be text, or lists of texts; it is list<"):
+        data.image_parquet(tmp_path / "a.parquet", text="text")
+    for wrong in ([1], {"a": "b"}, [["a"]]):
+        path = shard(tmp_path / "b.tar", [("0.png", b""), ("0.json", json.dumps({"t": wrong}))])
+        with pytest.raises(TypeError, match="'0'.*'json:t' must be text, or a list of texts"):
+            data.image_tar(path, text="json:t")
+    # A file of several lines is one caption.
+    touch(tmp_path / "x" / "0.png")
+    touch(tmp_path / "x" / "0.txt", b"one\ntwo\n")
+    assert data.image_folder(tmp_path / "x").example(0).text == "one\ntwo\n"
+    path = shard(tmp_path / "c.tar", [("0.png", b""), ("0.txt", "one\ntwo")])
+    assert data.image_tar(path, text="txt").example(0).text == "one\ntwo"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_texts_come_without_images(tmp_path, several):
+    sources = [*sources_of_texts(tmp_path, SEVERAL if several else CAPTIONS)]
+    want = TUPLES if several else [text or "" for text in CAPTIONS]
+    if not several:
+        for i, text in enumerate(CAPTIONS):
+            touch(tmp_path / "folder" / f"{i}.png", PICTURES[i])
+            if text is not None:
+                touch(tmp_path / "folder" / f"{i}.txt", text.encode())
+        sources.append(data.image_folder(tmp_path / "folder"))
+    for source in sources:
+        here = want if sources.index(source) < len(sources) - (not several) else CAPTIONS
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(source), "example", lambda self, index: pytest.fail("an image was read"))
+            chosen = [5, 1, 1, 6, 0]
+            assert list(source.texts()) == here and list(source.texts(np.array(chosen))) == [here[i] for i in chosen]
+            part = source.subset(chosen)
+            assert list(part.texts()) == [here[i] for i in chosen]
+            assert list(part.subset([4, 0]).texts([1, 0])) == [here[5], here[0]]
+    assert list(data.image_parquet(tmp_path / "a.parquet").texts([0, 2])) == [None, None]
+    assert list(data.digits().texts([0, 2])) == [None, None]
 
 
 def test_parquet_with_paths_of_files(tmp_path):
@@ -508,7 +610,12 @@ def test_parquet_that_cannot_be(tmp_path):
         (ValueError, "a.parquet: there is no column 'text'", plain, {"text": "text"}),
         (ValueError, "a.parquet: there is no column 'y'", plain, {"label": "y"}),
         (TypeError, "a.parquet: the column 'caption' must be binary", plain, {"image": "caption"}),
-        (TypeError, "a.parquet: the column 'label' must be text; it is int64", plain, {"text": "label"}),
+        (
+            TypeError,
+            "a.parquet: the column 'label' must be text, or lists of texts; it is int64",
+            plain,
+            {"text": "label"},
+        ),
         (TypeError, "the column 'image' must be integers", plain, {"label": "image"}),
         (
             ValueError,
@@ -618,12 +725,17 @@ def test_folders_with_captions(tmp_path):
     assert data.Bytes().decode(tokens) == "caf\ufffd"
     with pytest.raises(ValueError, match="classes.*names"):
         data.image_folder(tmp_path, names=["x"])
+    # An image without a caption is data; a caption without an image is none.
+    touch(tmp_path / "x" / "5.jpg")
+    source = data.image_folder(tmp_path)
+    assert rows(source)[:2] == [(PICTURES[0], "a", None), (PICTURES[1], "größer", None)]
+    assert rows(source)[4] == (b"", None, None) and list(source.texts([4, 0])) == [None, "a"]
+    whole = source.fingerprint()
+    touch(tmp_path / "x" / "5.txt")
+    assert data.image_folder(tmp_path).fingerprint() != whole
     touch(tmp_path / "x" / "alone.txt")
     with pytest.raises(ValueError, match="alone.txt: there is no image"):
         data.image_folder(tmp_path)
-    touch(tmp_path / "x" / "5.jpg")
-    with pytest.raises(ValueError, match="5.jpg: there is no caption"):
-        data.image_folder(tmp_path, captions=True)
     touch(tmp_path / "x" / "0.jpg")
     with pytest.raises(ValueError, match="another image has the same caption"):
         data.image_folder(tmp_path)
@@ -636,6 +748,28 @@ def test_folders_that_cannot_be(tmp_path):
         data.image_folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="has no images"):
         data.image_folder(tmp_path)
+    touch(tmp_path / "x" / "0.jpg")
+    with pytest.raises(ValueError, match="0.jpg: there is no caption 0.txt beside it, nor beside any"):
+        data.image_folder(tmp_path, captions=True)
+
+
+def test_links_to_folders(tmp_path):
+    touch(tmp_path / "own" / "cat" / "0.png", PICTURES[0])
+    touch(tmp_path / "far" / "1.png", PICTURES[1])
+    # Elsewhere, and twice: that ends.
+    for name in ("cat/more", "dog"):
+        (tmp_path / "own" / name).symlink_to(tmp_path / "far", target_is_directory=True)
+    source = data.image_folder(tmp_path / "own")
+    assert rows(source) == [(PICTURES[0], None, 0), (PICTURES[1], None, 0), (PICTURES[1], None, 1)]
+    # To a folder above, by whatever way, it does not.
+    for name, target in (("cat/round", "own"), ("cat/round", "own/cat"), ("cat/more/round", "own"), ("cat/up", ".")):
+        link = tmp_path / "own" / name
+        link.symlink_to(tmp_path / target, target_is_directory=True)
+        with pytest.raises(ValueError, match="by a link, .*again, which it lies in") as error:
+            data.image_folder(tmp_path / "own")
+        inner, outer = re.fullmatch(r"by a link, (.*) is (.*) again, which.*", str(error.value)).groups()
+        assert pathlib.Path(inner).samefile(outer) and outer in inner and len(inner) > len(outer)
+        link.unlink()
 
 
 def shard(path, members, mode="w", **options):

@@ -3,15 +3,20 @@
 import gc
 import io
 import pickle
+import threading
 from collections import Counter
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
+import rinsx as rx
 from rinsx import data
+from rinsx.data import _pairs
 
 
 TOKENIZER = data.Bytes()
@@ -21,14 +26,14 @@ class Plain(data.AbstractImages):
     """A source of one's own, in memory."""
 
     def __init__(self, images, texts=None, labels=None, names=None):
-        self.images, self.texts, self.labels, self.names = images, texts, labels, names
+        self.images, self.captions, self.labels, self.names = images, texts, labels, names
 
     def __len__(self):
         return len(self.images)
 
     def example(self, index):
         of = lambda values: None if values is None else values[index]
-        return data.Example(self.images[index], of(self.texts), of(self.labels))
+        return data.Example(self.images[index], of(self.captions), of(self.labels))
 
     def fingerprint(self):
         return "0"
@@ -52,7 +57,7 @@ def numbered(n, base=0, **options):
 
 def random_pairs(n, seed=0):
     """Rows all of whose draws can be seen: a crop, a flip, and four templates."""
-    captions = data.Captions(TOKENIZER, 8, [f"{i}{{}}" for i in range(4)], names=[chr(97 + i) for i in range(n)])
+    captions = data.Captions(TOKENIZER, 8, [f"{i}{{}}" for i in range(4)], names=[chr(65 + i) for i in range(n)])
     pixels = data.Pixels(4, crop=(0.2, 0.9), flip=True)
     return data.Pairs(Plain(noise(n, seed=seed), labels=list(range(n))), pixels, captions)
 
@@ -114,6 +119,7 @@ def test_captions_that_cannot_be():
         (TypeError, r"Write \('a {}',\)", {"context": 9, "templates": "a {}"}),
         (ValueError, "`names` stand in `templates`", {"context": 9, "names": ["a"]}),
         (TypeError, "`names`.*'cat'", {"context": 9, "templates": ["{}"], "names": "cat"}),
+        (ValueError, "must not be blank; name 1 is ' '", {"context": 9, "templates": ["{}"], "names": ["cat", " "]}),
     ):
         with pytest.raises(error, match=message):
             data.Captions(TOKENIZER, **arguments)
@@ -121,6 +127,8 @@ def test_captions_that_cannot_be():
         data.Captions(TOKENIZER, 9).classes(["a"])
     with pytest.raises(ValueError, match="`names` are needed"):
         data.Captions(TOKENIZER, 9, ["{}"]).classes()
+    with pytest.raises(ValueError, match="must not be blank; name 0 is ''"):
+        data.Captions(TOKENIZER, 9, ["{}"]).classes([""])
 
 
 # Rows.
@@ -198,7 +206,7 @@ def test_what_does_not_count_is_counted():
 def test_a_survey_counts_everything_once(threads):
     pairs = data.Pairs(broken_source(), data.Pixels(8), data.Captions(TOKENIZER, 6))
     assert pairs.survey(threads=threads) == COUNTS and pairs.counts == {}
-    many = data.Pairs(Plain(broken_source().images * 100, broken_source().texts * 100), data.Pixels(8))
+    many = data.Pairs(Plain(broken_source().images * 100, broken_source().captions * 100), data.Pixels(8))
     assert many.survey(threads=threads)["broken images"] == 300
     with pytest.raises(ValueError, match="`threads`.*0"):
         pairs.survey(threads=0)
@@ -241,7 +249,8 @@ def test_layouts_that_are_wrong():
     captions, templates = data.Captions(TOKENIZER, 8), data.Captions(TOKENIZER, 8, ["{}"])
     images, pixels = noise(3), data.Pixels(4)
     for message, source, how in (
-        ("none of the first 3 rows has a text", Plain(images), {"captions": captions}),
+        ("none of 3 rows has a text", Plain(images), {"captions": captions}),
+        ("must not be blank; name 1", Plain(images, labels=[0] * 3, names=("a", "\n")), {"captions": templates}),
         ("no labels, from which captions", Plain(images, ["a"] * 3), {"captions": templates}),
         ("no names of classes", Plain(images, labels=[0] * 3), {"captions": templates}),
         ("no labels; got labels=True", Plain(images), {"labels": True}),
@@ -271,6 +280,62 @@ def test_layouts_that_are_wrong():
         data.Pairs(Plain(images, labels=[1] * 3), pixels, data.Captions(TOKENIZER, 8, ["{}"], names=("a",)))[0]
     with pytest.raises(ValueError, match="an entry for each row; got 1 for 2"):
         data.Pairs(Plain(images), pixels).take([0, 1], [(1,)])
+    with pytest.raises(ValueError, match="`threads`.*0"):
+        data.Pairs(Plain(images), pixels).take([0, 1], threads=0)
+
+
+def test_a_part_without_texts_is_legal():
+    texts = [None] * 40 + ["a"] + [None] * 400
+    pairs = data.Pairs(Plain(noise(1) * 441, texts), data.Pixels(4), data.Captions(TOKENIZER, 4))
+    part = pairs.subset([1, 3])
+    pairs.take([40, 1])
+    assert part.take([0, 1])["weights"].tolist() == [0, 0] and part.counts == {"rows": 2, "empty captions": 2}
+    assert pairs.counts == {"rows": 2, "empty captions": 1} and pairs.subset([40])[0]["weights"] == 1
+    assert part.subset([0]).survey() == {"rows": 1, "empty captions": 1}
+    train, held_out = data.split(pairs, "1/2")
+    assert sum(part.survey()["empty captions"] for part in (train, held_out)) == 440
+    # What was asked for stays so.
+    assert data.Pairs(Plain(noise(2), labels=[0, 1]), data.Pixels(4), labels=False).subset([1])[0].keys() == {
+        "images",
+        "weights",
+    }
+
+
+def test_texts_that_are_no_texts():
+    pairs = data.Pairs(Plain(noise(2), ["a", (1,)]), data.Pixels(4), data.Captions(TOKENIZER, 4))
+    assert pairs[0]["weights"] == 1
+    with pytest.raises(TypeError, match="plain 1: |parameter 'text'"):
+        pairs[1]
+
+
+@given(seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+def test_pixels_do_not_depend_on_captions(seed, epoch):
+    pixels, images, labels = data.Pixels(4, crop=(0.2, 0.9), flip=True), noise(5, 9), [4, 3, 2, 1, 0]
+    texts = ["a", None, ("b", "c"), ("", "d"), ("e", "f", "g", "h")]
+    source = Plain(images, texts, labels, tuple("abcde"))
+    some = [None, data.Captions(TOKENIZER, 8)]
+    some += [data.Captions(TOKENIZER, 8, ["{}!", "a {}", "the {}"][:n]) for n in (1, 2, 3)]
+    draws = [(seed, epoch)] * 5
+    got = [data.Pairs(source, pixels, captions).take(range(5), draws)["images"] for captions in some]
+    want = [pixels(image, np.random.default_rng([seed, epoch, i])) for i, image in enumerate(images)]
+    assert all(np.array_equal(one, want) for one in got)
+
+
+def test_one_of_several_captions_is_drawn():
+    texts = [("a", " ", "b", "c"), ("d",), ("", None or "")]
+    pairs = data.Pairs(Plain(noise(3, 12), texts), data.Pixels(4, flip=True), data.Captions(TOKENIZER, 3))
+    whole = pairs.take(range(3))
+    assert [TOKENIZER.decode(row) for row in whole["tokens"]] == ["a", "d", ""]
+    assert whole["weights"].tolist() == [1, 1, 0] and pairs.counts == {"rows": 3, "empty captions": 1}
+    batch = pairs.take([0] * 600, [(5, i) for i in range(600)])
+    words = [TOKENIZER.decode(row) for row in batch["tokens"]]
+    mirrored = [not np.array_equal(image, whole["images"][0]) for image in batch["images"]]
+    drawn = Counter(words)
+    assert drawn.keys() == {"a", "b", "c"} and all(abs(n - 200) < 55 for n in drawn.values())
+    # The draws of text and image have nothing to do with each other.
+    both = Counter(zip(words, mirrored))
+    assert len(both) == 6 and all(abs(n - 100) < 40 for n in both.values())
+    assert [TOKENIZER.decode(pairs.take([1], [(i,)])["tokens"][0]) for i in range(5)] == ["d"] * 5
 
 
 def test_pairs_can_be_sent_to_a_process():
@@ -351,23 +416,73 @@ def test_an_evaluation_has_every_pair_once_in_order(n, count, each):
         assert same({key: np.concatenate([part[step][key] for part in parts]) for key in batch}, batch)
 
 
-@pytest.mark.parametrize("prefetch, threads", [(1, 1), (3, 2), (8, 4)])
+@pytest.mark.parametrize("prefetch, threads", [(0, 2), (1, 1), (1, 4), (3, 2)])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_threads_do_not_change_the_order(prefetch, threads, mixed):
-    pairs = random_pairs(11)
+def test_threads_do_not_change_batches(prefetch, threads, mixed):
+    pairs = random_pairs(40)
     if mixed:
-        pairs = data.mix([pairs, random_pairs(11, seed=1)], [1, 1])
-    want = listed(data.batches(pairs, 3, seed=2), 20)
-    got = listed(data.batches(pairs, 3, seed=2, prefetch=prefetch, threads=threads), 20)
+        pairs = data.mix([pairs, random_pairs(40, seed=1)], [1, 1])
+    want = listed(data.batches(pairs, 19, seed=2), 6)
+    got = listed(data.batches(pairs, 19, seed=2, prefetch=prefetch, threads=threads), 6)
     assert all(same(a, b) for a, b in zip(want, got))
     if not mixed:
         want, got = (
-            listed(data.evaluation(pairs, 2, **how)) for how in ({}, {"prefetch": prefetch, "threads": threads})
+            listed(data.evaluation(pairs, 19, **how)) for how in ({}, {"prefetch": prefetch, "threads": threads})
         )
         assert all(same(a, b) for a, b in zip(want, got))
 
 
-@pytest.mark.parametrize("prefetch, threads", [(0, 1), (4, 3)])
+def test_threads_decode_one_batch_at_a_time():
+    """Two threads are at work on the rows of one batch, and none on those of the next before all of these are read."""
+    meet, done = threading.Barrier(2, timeout=30), []
+
+    class Waiting(Plain):
+        def example(self, index):
+            # Rows 0 and 8 begin the two pieces of the first batch: neither goes on without the other.
+            if armed and index in (0, 8):
+                meet.wait()
+            done.append(index)
+            return super().example(index)
+
+    armed = False
+    pairs = data.Pairs(Waiting(noise(1) * 32), data.Pixels(4))
+    armed = True
+    done.clear()
+    iterator = iter(data.batches(pairs, 16, shuffle=False, epochs=1, prefetch=2, threads=2))
+    next(iterator), next(iterator)
+    iterator.close()
+    assert set(done[:16]) == set(range(16)) and set(done[16:]) == set(range(16, 32))
+
+
+@given(
+    n=st.integers(1, 40),
+    threads=st.integers(1, 5),
+    broken=st.lists(st.integers(0, 39), max_size=3),
+    random=st.booleans(),
+)
+def test_threads_change_no_row(n, threads, broken, random):
+    images = [b"" if i in broken else image for i, image in enumerate(noise(n))]
+    make = lambda: data.Pairs(Plain(images, labels=[0] * n), data.Pixels(4, crop=(0.2, 0.9), flip=True))
+    index = np.random.default_rng(n).integers(0, n, n)
+    draws = [(1, i) for i in range(n)] if random else None
+    one, several = make(), make()
+    assert same(one.take(index, draws), several.take(index, draws, threads=threads)) and one.counts == several.counts
+    # Nor what is an error: the first row of the source that is wrong.
+    wrong = data.Pairs(
+        Plain(images, labels=[0 if i < n // 2 or not i else 9 for i in range(n)], names=("a",)), data.Pixels(4)
+    )
+    if n > 1:
+        with pytest.raises(ValueError, match=f"plain {max(n // 2, 1)}: the label 9"):
+            wrong.take(np.arange(n)[::-1], threads=threads)
+
+
+def test_threads_go_through_a_long_source(monkeypatch):
+    monkeypatch.setattr(_pairs, "_PIECE", 1)
+    pairs = data.Pairs(Plain(noise(1, 2) * 300), data.Pixels(2))
+    assert list(pairs.each(lambda row: row.kinds[0], 2)) == ["rows"] * 300 and pairs.survey(threads=2) == {"rows": 300}
+
+
+@pytest.mark.parametrize("prefetch, threads", [(0, 1), (2, 3)])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_state_is_enough_to_go_on(prefetch, threads, mixed):
     pairs = random_pairs(7)
@@ -426,9 +541,9 @@ def test_what_cannot_be_mixed_or_batched():
             "captions of one length; got None",
             lambda: data.mix([numbered(2, labels=False), texts(5)], [1, 1]),
         ),
-        (ValueError, "`threads`.*threads=2, prefetch=1", lambda: data.batches(plain, 2, prefetch=1, threads=2)),
-        (ValueError, "`threads`.*threads=2, prefetch=0", lambda: data.evaluation(plain, 2, threads=2)),
-        (ValueError, "`threads`.*threads=0", lambda: data.batches(plain, 2, threads=0)),
+        (ValueError, "windows of tokens have none; got threads=2", lambda: data.batches(windows, 1, threads=2)),
+        (ValueError, "windows of tokens have none; got threads=2", lambda: data.evaluation(windows, 1, threads=2)),
+        (ValueError, "`threads`.*got 0", lambda: data.batches(plain, 2, threads=0)),
         (
             TypeError,
             "a mixture is evaluated part by part|parameter 'windows'",
@@ -446,6 +561,109 @@ def test_errors_pass_through_threads():
     with pytest.raises(ValueError, match="plain 2: the label 5"):
         list(iterator)
     iterator.close()
+
+
+# Captions on their own.
+
+
+TEXTS = ["a photo", None, ("one", " ", "two"), "", ("three",), "a\ud83d", (), ("", "four", "five", "six")]
+KEPT = [(0, "a photo"), (2, "one"), (2, "two"), (4, "three"), (5, "a\ufffd"), (7, "four"), (7, "five"), (7, "six")]
+
+
+def test_captions_of():
+    source = data.captions_of(Plain(noise(8), TEXTS))
+    assert list(source.documents()) == [text for _, text in KEPT] == list(source.documents())
+    assert [source.place(i) for i in range(len(KEPT))] == [f"plain {row}" for row, _ in KEPT]
+    same_texts = data.captions_of(
+        Plain(noise(8, seed=1), [(text,) if isinstance(text, str) else text for text in TEXTS])
+    )
+    assert source.fingerprint() == same_texts.fingerprint()
+    assert source.fingerprint() != data.captions_of(Plain(noise(8), TEXTS[::-1])).fingerprint()
+    part = data.captions_of(Plain(noise(8), TEXTS).subset([4, 2]))
+    assert list(part.documents()) == ["three", "one", "two"] and part.place(2) == "plain 2"
+    # A tokeniser learns merges from them, and `tokenize` takes them.
+    tokenizer = data.BPE.train(data.captions_of(Plain(noise(2), ["low lower", ("lowest", "slow")])), 260)
+    assert len(tokenizer.encode("low")) == 1
+    with pytest.raises(TypeError, match="captions_of|parameter 'source'"):
+        data.BPE.train(Plain(noise(2), ["low lower", "lowest"]), 260)
+    assert data.tokenize(source, TOKENIZER).number_of_tokens >= sum(len(text.encode()) for _, text in KEPT)
+
+
+def test_captions_of_templates():
+    source = Plain(noise(3), labels=[0, 1, 1], names=("cat", "dog"))
+    templates = ("a {}", "{}!")
+    assert list(data.captions_of(source, templates).documents()) == ["a cat", "cat!", "a dog", "dog!"]
+    assert list(data.captions_of(source, ["{}"], names=["x\udc00"]).documents()) == ["x\ufffd"]
+    tokens = data.Captions(TOKENIZER, 8, templates, source.names).classes().reshape(-1, 8)
+    assert list(data.captions_of(source, templates).documents()) == [TOKENIZER.decode(row) for row in tokens]
+    for message, arguments in (
+        ("none of 3 rows has a text", (source,)),
+        ("no names of classes", (Plain(noise(1)), ["{}"])),
+        ("must not be blank", (source, ["{}"], [""])),
+        ("one {}", (source, ["a"])),
+        ("`names` stand in `templates`", (source, None, ["a"])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.captions_of(*arguments)
+
+
+@given(batch_size=st.sampled_from([1, 2, 3, 6, 12]), threads=st.sampled_from([1, 3]), count=st.sampled_from([1, 2, 3]))
+def test_all_captions(batch_size, threads, count):
+    images = noise(8)
+    images[4] = b"broken"
+    pairs = data.Pairs(Plain(images, TEXTS, [0] * 8, ("x",)), data.Pixels(4), data.Captions(TOKENIZER, 6))
+    if batch_size % count:
+        with pytest.raises(ValueError, match="`batch_size`"):
+            data.all_captions(pairs, batch_size, shard=(0, count))
+        return
+    parts = [data.all_captions(pairs, batch_size, shard=(i, count), threads=threads) for i in range(count)]
+    whole = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)
+    ]
+    assert all(same(a, b) for a, b in zip(whole, data.all_captions(pairs, batch_size), strict=True))
+    assert all(
+        {key: value.dtype for key, value in batch.items()}
+        == {"tokens": np.int32, "labels": np.int32, "weights": np.float32}
+        for batch in whole
+    )
+    joined = {key: np.concatenate([batch[key] for batch in whole]) for key in whole[0]}
+    keep = joined["weights"] == 1
+    kept = [(row, text) for row, text in KEPT if row != 4]
+    assert (
+        len(keep) == -(-len(kept) // batch_size) * batch_size
+        and keep[: len(kept)].all()
+        and not keep[len(kept) :].any()
+    )
+    assert [TOKENIZER.decode(row) for row in joined["tokens"][keep]] == [text[:5] for _, text in kept]
+    assert (joined["tokens"][~keep] == 256).all() and pairs.counts == {}
+    # Owners count the rows of an evaluation that count.
+    counted = np.flatnonzero(np.concatenate([batch["weights"] for batch in listed(data.evaluation(pairs, 3))]))
+    assert counted[joined["labels"][keep]].tolist() == [row for row, _ in kept]
+
+
+def test_all_captions_that_cannot_be():
+    source = Plain(noise(2), labels=[0, 1], names=("a", "b"))
+    for message, captions in (("has none", None), ("by templates", data.Captions(TOKENIZER, 8, ["{}"]))):
+        with pytest.raises(ValueError, match=f"must be texts of the source.*{message}"):
+            data.all_captions(data.Pairs(source, data.Pixels(4), captions), 2)
+
+
+def test_retrieval_of_all_captions():
+    """An embedding that knows which image a caption is of finds everything, and one that is wrong finds what it should."""
+    images = [np.full((4, 4, 3), 10 * i, np.uint8) for i in range(6)]
+    images[2] = b"broken"
+    texts = [(f"{i}a", f"{i}b") for i in range(6)]
+    texts[4] = ()
+    pairs = data.Pairs(Plain(images, texts), data.Pixels(4, mean=0, std=1 / 25.5), data.Captions(TOKENIZER, 4))
+    level = lambda x: jax.nn.one_hot(jnp.round(x).astype(int), 10)
+    shown = rx.transfer.embed(None, lambda _, batch, key: level(batch["images"][:, 0, 0, 0]), data.evaluation(pairs, 4))
+    told = rx.transfer.embed(None, lambda _, batch, key: level(batch["tokens"][:, 0] - 48), data.all_captions(pairs, 3))
+    assert told.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and len(shown.vectors[()]) == 4
+    found = rx.transfer.retrieval(shown.vectors[()], told.vectors[()], owners=told.labels, at=(1,))
+    assert tuple(found) == ({1: 1.0}, {1: 1.0})
+    shifted = rx.transfer.retrieval(shown.vectors[()], np.roll(told.vectors[()], 1, 0), owners=told.labels, at=(1,))
+    # Every second text is now beside its image; the others are beside the image before, which still finds one of its own.
+    assert shifted[1] == {1: 0.5}
 
 
 # Splits.

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import rinsx as rx
 
@@ -20,12 +21,12 @@ TEXT = rx.models.TextConfig(31, context=6, width=12, layers=2, heads=2, hidden=1
 
 
 @eqx.filter_jit
-def siglip(image="A^r B", text="A^s B", **loops):
+def siglip(image="A^r B", text="A^s B", dtype="float32", **loops):
     of = lambda signature: {n: loops.get(n, rx.Loop(2, max=3)) for n in rx.Signature(signature).exponents}
     keys = jr.split(jr.key(0))
     return rx.models.SigLIP(
-        rx.models.ViT(IMAGE, image, key=keys[0], **of(image)),
-        rx.models.TextEncoder(TEXT, text, key=keys[1], **of(text)),
+        rx.models.ViT(dataclasses.replace(IMAGE, dtype=dtype), image, key=keys[0], **of(image)),
+        rx.models.TextEncoder(dataclasses.replace(TEXT, dtype=dtype), text, key=keys[1], **of(text)),
     )
 
 
@@ -105,6 +106,30 @@ def test_keys_reach_both_towers():
     assert not jnp.allclose(a, b) and not jnp.allclose(c, d)
 
 
+def test_towers_in_bfloat16_are_near_those_in_float32():
+    """To the 8 bits of bfloat16, through both towers, two rounds of one, the loss and back."""
+    wide, narrow = (siglip("A^r B", "A B", dtype=dtype, r=rx.Loop(2)) for dtype in ("float32", "bfloat16"))
+    x = batch()
+
+    @eqx.filter_jit
+    @ft.partial(eqx.filter_value_and_grad, has_aux=True)
+    def run(model):
+        total, weight = model.loss(x)
+        return total, (weight, model.embed_images(x["images"]), model.embed_texts(x["tokens"]))
+
+    ((total, (weight, *vectors)), want), ((near, (near_weight, *near_vectors)), found) = run(wide), run(narrow)
+    for a, b in zip(near_vectors, vectors):
+        assert a.dtype == jnp.float32
+        assert 1e-4 < np.max(np.abs(a - b)) < 0.02
+        # Unit vectors are made in float32.
+        np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, atol=1e-6)
+    assert near.dtype == near_weight.dtype == jnp.float32
+    np.testing.assert_allclose((near, near_weight), (total, weight), rtol=0.01)
+    assert all(leaf.dtype == jnp.float32 for leaf in jtu.tree_leaves(found))
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jtu.tree_leaves(tree)])
+    assert np.linalg.norm(flat(found) - flat(want)) < 0.05 * np.linalg.norm(flat(want))
+
+
 def fit(mesh, **options):
     batches = [batch(16, seed) for seed in range(4)]
     loss = rx.models.SigLIP.loss if mesh is None else ft.partial(rx.models.SigLIP.loss, mesh=mesh)
@@ -114,15 +139,82 @@ def fit(mesh, **options):
     return rx.train.fit(siglip(), loss, batches, optimizer, steps=4, key=jr.key(1), depth=laws, mesh=mesh, **options)
 
 
+def near(a, b, atol):
+    leaves = [jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array)) for tree in (a, b)]
+    for x, y in zip(*leaves, strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
 def test_it_trains_alike_on_one_device_and_around_the_ring():
     one, ring = fit(None), fit(rx.train.mesh(2))
     assert one.flops == ring.flops
-    for a, b in zip(
-        jtu.tree_leaves(eqx.filter(one.model, eqx.is_array)), jtu.tree_leaves(eqx.filter(ring.model, eqx.is_array))
-    ):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    near(one.model, ring.model, 2e-5)
     moved = [one.model.log_scale - jnp.log(10.0), one.model.bias + 10]
     assert all(abs(x) > 1e-4 for x in moved)
+
+
+class Tower(eqx.Module):
+    """Small, and so quick to compile."""
+
+    linear: rx.nn.Linear
+
+    def __call__(self, x, key=None):
+        return self.linear(x)
+
+
+def linear(**options):
+    return rx.models.SigLIP(*[Tower(rx.nn.Linear(5, 4, key=jr.key(i))) for i in range(2)], **options)
+
+
+def rows(number, seed, weights):
+    rng = np.random.default_rng(seed)
+    x = {name: jnp.asarray(rng.normal(size=(number, 5)), jnp.float32) for name in ("images", "tokens")}
+    return {**x, "weights": jnp.asarray(weights, jnp.float32)}
+
+
+def test_softmax_trains_alike_on_one_device_and_on_eight():
+    batches = [rows(16, seed, [1, 0.5, 0, 1] * 4) for seed in range(4)]
+
+    def fit(mesh):
+        loss = ft.partial(rx.models.SigLIP.loss, mesh=mesh, softmax=True)
+        return rx.train.fit(linear(), loss, batches, optax.sgd(0.1), steps=4, key=jr.key(1), mesh=mesh).model
+
+    one, eight = fit(None), fit(rx.train.mesh(2))
+    near(one, eight, 1e-5)
+    assert abs(one.log_scale - jnp.log(10.0)) > 1e-3
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_a_mesh_shares_out_the_rows_of_either_loss(softmax):
+    mesh, x = rx.train.mesh(2), rows(16, 0, [1, 0.5, 0, 1] * 4)
+    run = lambda x: jax.grad(lambda images: linear().loss({**x, "images": images}, mesh=mesh, softmax=softmax)[0])(
+        x["images"]
+    )
+    slope = jax.jit(run)(x)
+    assert slope.sharding.is_equivalent_to(NamedSharding(mesh, P(("replica", "shard"))), 2)
+    with pytest.raises(ValueError, match="a multiple of the 8 devices of the mesh; got 6 rows"):
+        linear().loss(rows(6, 0, [1] * 6), mesh=mesh, softmax=softmax)
+    with pytest.raises(TypeError, match="mesh"):
+        linear().loss(x, mesh="shard", softmax=softmax)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_accumulation_adds_up_the_losses_of_the_parts(softmax):
+    """Each part, every third row, has negatives of its own; weights are unlike from part to part."""
+    model, x = linear(scale=3.0, bias=0.0), rows(12, 0, [1, 1, 0, 1, 0, 0.5, 1, 1, 1, 1, 1, 0])
+    loss = ft.partial(rx.models.SigLIP.loss, softmax=softmax)
+    parts = [jtu.tree_map(lambda rows: rows[i::3], x) for i in range(3)]
+
+    def mean(model):
+        totals, counts = zip(*(loss(model, part) for part in parts))
+        return sum(totals) / sum(counts)
+
+    value, slope = eqx.filter_jit(eqx.filter_value_and_grad(mean))(model)
+    run = rx.train.fit(model, loss, [x], optax.sgd(0.1), steps=1, key=jr.key(1), accumulate=3)
+    near(run.model, eqx.apply_updates(model, jtu.tree_map(lambda g: -0.1 * g, slope)), 1e-6)
+    # Which is not the loss of the whole.
+    total, weight = loss(model, x)
+    assert abs(total / weight - value) > 0.1
 
 
 def test_it_learns_pairs_by_heart_at_every_depth_it_was_trained_at():

@@ -1,6 +1,7 @@
 """What embeddings are worth, against naive loops and cases made by hand."""
 
 import builtins
+import re
 
 import equinox as eqx
 import hypothesis.strategies as st
@@ -13,7 +14,7 @@ from hypothesis import given
 from sklearn.linear_model import LogisticRegression
 
 import rinsx as rx
-from rinsx.transfer import _rank
+from rinsx.transfer import _rank, _zero_shot
 
 
 #
@@ -99,6 +100,22 @@ def test_embed_gives_a_key():
     assert len(np.unique(give(0))) == 32
 
 
+def test_parts_of_an_evaluation_put_together_are_the_whole():
+    """Processes that share out the batches, each embedding its rows alone."""
+    pairs = rx.data.Pairs(rx.data.digits(), rx.data.Pixels(8)).subset(range(50))
+    weight = jr.normal(jr.key(0), (192, 5))
+    fn = lambda weight, batch, key: batch["images"].reshape(-1, 192) @ weight
+    embed = lambda *shard: rx.transfer.embed(weight, fn, rx.data.evaluation(pairs, 16, shard=shard))
+    whole, together, labels = embed(0, 1), np.full((50, 5), np.nan), np.full(50, -1)
+    for i in range(4):
+        rows = np.array([row for row in range(50) if row % 16 // 4 == i])
+        part = embed(i, 4)
+        together[rows], labels[rows] = part.vectors[()], part.labels
+    assert np.allclose(together, whole.vectors[()], atol=1e-5)
+    assert np.array_equal(labels, whole.labels)
+    assert np.array_equal(labels, rx.data.digits().labels[:50])
+
+
 def test_embed_refuses():
     embed = lambda fn, data: rx.transfer.embed(looped(), fn, data)
     with pytest.raises(ValueError, match=r"floating-point embeddings, \[rows, d\]; got float32\[8\]"):
@@ -151,6 +168,10 @@ def test_classifier_refuses():
             rx.transfer.classifier(vectors)
     with pytest.raises(ValueError, match="at least one class and one template"):
         rx.transfer.classifier(np.ones((2, 0, 3)))
+    say = r"`vectors` must be \[classes, templates, d\]; add an axis for one template; got the shape"
+    for shape in ((2, 3), (2, 1, 1, 3)):
+        with pytest.raises(ValueError, match=f"{say} {re.escape(str(shape))}"):
+            rx.transfer.classifier(np.ones(shape))
 
 
 def test_zero_shot_by_hand():
@@ -176,6 +197,122 @@ def test_zero_shot_refuses():
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"from 1 to the number of classes, 3; got {k}"):
             rx.transfer.zero_shot(images, weights, np.array([0, 1, 2]), k)
+    with pytest.raises(ValueError, match=r"`weights` must be \[classes, d\]; got the shape \(3,\)"):
+        rx.transfer.zero_shot(images, np.ones(3), np.array([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"`images` must be \[n, d\]; got the shape \(3, 1, 3\)"):
+        rx.transfer.zero_shot(images[:, None], weights, np.array([0, 1, 2]))
+    with pytest.raises(
+        ValueError, match=r"one width, .* `images` of the shape \(3, 3\) and `weights` of the shape \(3, 2\)"
+    ):
+        rx.transfer.zero_shot(images, weights[:, :2], np.array([0, 1, 2]))
+
+
+class Towers(eqx.Module):
+    image: eqx.Module
+    text: eqx.Module
+    table: jax.Array
+
+    def embed_images(self, images):
+        return self.image(images)
+
+    def embed_texts(self, tokens):
+        return self.text(self.table[tokens].sum(axis=1))
+
+
+CAPTIONS = np.random.default_rng(1).integers(0, 9, size=(5, 3, 4))
+
+
+def towers():
+    grow = lambda x: eqx.tree_at(lambda m: m.blocks["A"].weight, x, 2 * x.blocks["A"].weight)
+    return Towers(looped(), grow(looped()), jr.normal(jr.key(5), (9, 4)))
+
+
+def told_by_hand(model, batch, rounds, k):
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    images = by_hand(model.image, batch["images"], rounds)
+    texts = by_hand(model.text, np.asarray(model.table)[CAPTIONS].sum(axis=2), rounds)
+    scores = images @ unit(unit(texts).mean(axis=1)).T
+    return [label in np.argsort(-row)[:k] for row, label in zip(scores, batch["labels"])]
+
+
+@pytest.mark.parametrize(("batch_size", "mesh"), [(1, False), (4, False), (256, False), (8, True), (64, True)])
+def test_zero_shot_of_a_model_at_every_depth(batch_size, mesh):
+    model, mesh = towers(), rx.train.mesh() if mesh else None
+    labels = np.random.default_rng(2).integers(0, 5, size=(3, 16))
+    weights = np.ones((3, 16), np.float32)
+    weights[2, 11:] = 0
+    data = batches(3, rows=16, labels=labels, weights=weights)
+    sizes = []
+
+    def texts(model, batch, key):
+        sizes.append(len(batch["tokens"]))
+        return model.embed_texts(batch["tokens"])
+
+    placed = model if mesh is None else rx.train.place(model, mesh)
+    give = {"batch_size": batch_size, "mesh": mesh, "texts": texts, "rounds": {"r": [1, 3, 4]}}
+    for k in (1, 2):
+        right = rx.transfer.evaluate_zero_shot(placed, iter(data), CAPTIONS, k=k, **give)
+        assert list(right) == [(1,), (3,), (4,)]
+        for (rounds,), found in right.items():
+            want = sum((told_by_hand(model, batch, rounds, k) for batch in data), [])[:43]
+            assert found.dtype == bool and found.tolist() == want
+    # Depths differ, or pairing them wrongly would not be seen.
+    assert len({tuple(found) for found in right.values()}) == 3
+    # One program, no larger than asked for, nor than there are captions.
+    assert sizes == [min(batch_size, 15 if mesh is None else 16)]
+
+
+def test_zero_shot_of_a_model_by_its_own_methods_and_by_functions():
+    model, data = towers(), batches(1, labels=np.arange(8)[None] % 5)
+    (found,) = rx.transfer.evaluate_zero_shot(model, data, jnp.asarray(CAPTIONS)).values()
+    assert found.tolist() == told_by_hand(model, data[0], 2, 1)
+    noise = lambda model, batch, key: jr.normal(key, (len(jax.tree.leaves(batch)[0]), 4))
+    draw = lambda seed: rx.transfer.evaluate_zero_shot(
+        None,
+        batches(8, labels=np.tile(np.arange(8) % 5, (8, 1))),
+        CAPTIONS,
+        images=noise,
+        texts=noise,
+        key=jr.key(seed),
+    )[()]
+    assert np.array_equal(draw(0), draw(0)) and not np.array_equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize(("number", "batch_size", "devices"), [(15, 8, 4), (15, 256, 4), (16, 8, 8), (3, 4, 4)])
+def test_processes_share_out_the_captions(number, batch_size, devices, monkeypatch):
+    rows, parts = np.arange(2 * number).reshape(number, 2), []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        parts.append(list(_zero_shot._captions(rows, batch_size, devices)))
+    found = []
+    for both in zip(*parts, strict=True):
+        tokens, weights = (np.concatenate([part[name] for part in both]) for name in ("tokens", "weights"))
+        assert len(tokens) <= batch_size and len(tokens) % devices == 0
+        found += tokens[weights > 0].tolist()
+    assert found == rows.tolist()
+
+
+def test_zero_shot_of_a_model_refuses():
+    good = batches(1, labels=np.arange(8)[None] % 5)
+
+    def give(data=good, tokens=CAPTIONS, **options):
+        return rx.transfer.evaluate_zero_shot(towers(), data, tokens, **options)
+
+    with pytest.raises(ValueError, match=r"`tokens` must be \[classes, templates, context\]; add an axis.* \(5, 4\)"):
+        give(tokens=CAPTIONS[:, 0])
+    with pytest.raises(ValueError, match=r"at least one class and one template; got the shape \(5, 0, 4\)"):
+        give(tokens=CAPTIONS[:, :0])
+    with pytest.raises(ValueError, match="from 1 to the number of classes, 5; got 6"):
+        give(k=6)
+    with pytest.raises(ValueError, match="positive multiple of the number of devices of the mesh, 1; got 0"):
+        give(batch_size=0)
+    with pytest.raises(ValueError, match="positive multiple of the number of devices of the mesh, 8; got 12"):
+        give(batch_size=12, mesh=rx.train.mesh())
+    with pytest.raises(ValueError, match='the batches must have "labels"'):
+        give(data=batches(1))
+    with pytest.raises(ValueError, match="each label must be one of the 5 classes; got 5 at 5"):
+        give(data=batches(1, labels=np.arange(8)[None]))
 
 
 #
@@ -204,8 +341,8 @@ def test_retrieval_sorts(number, more, seed, coarse, piece):
     of_images = [place([float(images[i] @ text) for text in texts], own[i]) for i in range(number)]
     of_texts = [place([float(image @ texts[j]) for image in images], [owners[j]]) for j in range(len(texts))]
     for k in at:
-        assert np.isclose(recall.texts[k], np.mean([p < k for p in of_images]))
-        assert np.isclose(recall.images[k], np.mean([p < k for p in of_texts]))
+        assert np.isclose(recall.image_to_text[k], np.mean([p < k for p in of_images]))
+        assert np.isclose(recall.text_to_image[k], np.mean([p < k for p in of_texts]))
     # With images for classes and texts for images, zero-shot classification is retrieval.
     assert weights.tolist() == [p < 1 for p in of_texts]
 
@@ -218,14 +355,14 @@ def test_retrieval_by_hand():
     # The second text of image 0 finds it, the first does not: image 0 has found one of its own.
     texts = np.array([[0, 1, 0, 0.0], [1, 0, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     recall = rx.transfer.retrieval(jnp.eye(4), jnp.asarray(texts), jnp.array([0, 0, 1, 2, 3]), at=[1])
-    assert recall == rx.transfer.Recall(texts={1: 1.0}, images={1: 0.8})
+    assert recall == rx.transfer.Recall(image_to_text={1: 1.0}, text_to_image={1: 0.8})
 
 
 def test_ties_count_against_the_model():
     """Embeddings that are all the same know nothing."""
     images = np.tile(np.random.default_rng(0).normal(size=(1, 33)), (37, 1))
     recall = rx.transfer.retrieval(images, images, at=(1, 5, 36, 37))
-    assert recall.texts == recall.images == {1: 0.0, 5: 0.0, 36: 0.0, 37: 1.0}
+    assert recall.image_to_text == recall.text_to_image == {1: 0.0, 5: 0.0, 36: 0.0, 37: 1.0}
     # Texts of one image that tie with each other take no places from it.
     recall = rx.transfer.retrieval(np.eye(2), np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), at=(1, 2))
     assert recall == ({1: 1.0, 2: 1.0}, {1: 1.0, 2: 1.0})
@@ -239,7 +376,7 @@ def test_equal_vectors_tie_wherever_they_stand():
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
         texts = np.concatenate([vectors, vectors])
         recall = rx.transfer.retrieval(texts[:50], texts, np.arange(100) % 50, at=(1,))
-        assert recall.images[1] == 1.0
+        assert recall.text_to_image[1] == 1.0
         labels = np.arange(50)
         assert not rx.transfer.zero_shot(texts[:50], texts, labels).any()
         assert rx.transfer.zero_shot(texts[:50], texts, labels, k=2).all()
@@ -264,6 +401,14 @@ def test_retrieval_refuses():
         retrieval(images, images, at=(0,))
     with pytest.raises(ValueError, match="`at` must hold at least one number"):
         retrieval(images, images, at=())
+    with pytest.raises(ValueError, match=r"`images` must be \[images, d\]; got the shape \(3,\)"):
+        retrieval(images[0], images, at=(1,))
+    with pytest.raises(ValueError, match=r"`texts` must be \[texts, d\]; got the shape \(3, 1, 3\)"):
+        retrieval(images, images[:, None], at=(1,))
+    with pytest.raises(
+        ValueError, match=r"one width, .* `images` of the shape \(3, 3\) and `texts` of the shape \(3, 2\)"
+    ):
+        retrieval(images, images[:, :2], at=(1,))
 
 
 #
@@ -366,8 +511,15 @@ def test_the_probe_refuses():
         probe(x, y[:29], test, labels)
     with pytest.raises(ValueError, match=r"`test_labels` must be one for each of 0 rows; got the shape \(0,\)"):
         probe(x, y, test[:0], labels[:0])
-    with pytest.raises(ValueError, match="of one width; got 6 in training and 5 in the test"):
+    with pytest.raises(
+        ValueError, match=r"`train_vectors` of the shape \(30, 6\) and `test_vectors` of the shape \(10, 5\)"
+    ):
         probe(x, y, test[:, :5], labels)
+    for shape in ((30,), (30, 2, 3)):
+        with pytest.raises(
+            ValueError, match=rf"`train_vectors` must be \[rows, d\]; got the shape {re.escape(str(shape))}"
+        ):
+            probe(np.ones(shape), y, test, labels)
     with pytest.raises(ValueError, match="`test_vectors` must be finite; 1 rows are not, the first of them row 3"):
         probe(x, y, np.where(np.arange(10)[:, None] == 3, np.nan, test), labels)
     for strengths in ([], [0.0], [1.0, np.inf], [-1.0], [np.nan]):

@@ -89,13 +89,10 @@ def test_accuracies_are_those_of_a_plain_loop():
     for r in (1, 3):
         deep = rx.with_rounds(model, r=r)
         unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-        classes = np.stack([unit(unit(np.asarray(deep.text(b["tokens"]))).mean(0)) for b in map(jnp_of, data.captions)])
+        classes = [unit(np.asarray(deep.text(jnp.asarray(tokens)))).mean(0) for tokens in data.captions]
+        classes = unit(np.stack(classes))
         images = unit(np.asarray(deep.image(jnp.asarray(batch["images"]))))
         np.testing.assert_array_equal(found[r], (images @ classes.T).argmax(1) == batch["labels"])
-
-
-def jnp_of(batch):
-    return jtu.tree_map(jnp.asarray, batch)
 
 
 def test_the_report_counts_in_points_and_says_what_it_could_see(tmp_path, capsys):

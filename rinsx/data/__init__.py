@@ -34,6 +34,7 @@ from ._hub import huggingface as huggingface
 from ._image_folder import image_folder as image_folder
 from ._image_tables import image_huggingface as image_huggingface, image_parquet as image_parquet
 from ._image_tar import image_tar as image_tar
+from ._image_texts import all_captions as all_captions, captions_of as captions_of
 from ._images import AbstractImages as AbstractImages, Example as Example
 from ._loader import batches as batches, evaluation as evaluation
 from ._mixture import mix as mix
@@ -61,7 +62,9 @@ __all__ = [
     "Pixels",
     "Tokens",
     "Windows",
+    "all_captions",
     "batches",
+    "captions_of",
     "digits",
     "documents",
     "evaluation",

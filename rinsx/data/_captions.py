@@ -53,23 +53,17 @@ class Captions:
 
         **Raises:**
 
-        `ValueError` if a template has not one `{}`, or a number is out of range.
+        `ValueError` if a template has not one `{}`, a name is blank, or a number is out of range.
         """
         if context < 2:
             raise ValueError(f"`context` must be at least 2: a token and `end`; got {context}")
-        if isinstance(templates, str):
-            raise TypeError(f"`templates` must be several texts; got {templates!r}. Write ({templates!r},).")
-        if templates is not None and not len(templates):
-            raise ValueError("`templates` must hold at least one text, or be None for the captions of the source")
-        for template in templates or ():
-            if template.count("{}") != 1:
-                raise ValueError(f"a template must have one {{}}, where the name of the class stands; got {template!r}")
+        check_templates(templates)
         if names is not None and templates is None:
             raise ValueError(f"`names` stand in `templates`, of which there are none; got {list(names)}")
         self.tokenizer = tokenizer
         self.context = context
         self.templates = None if templates is None else tuple(templates)
-        self.names = to_names(names)
+        self.names = to_class_names(names)
         self.vocab_size = tokenizer.vocab_size
         self.end = tokenizer.end
 
@@ -92,7 +86,7 @@ class Captions:
     def read(self, text: str) -> tuple[Int32[np.ndarray, " context"], list[str]]:
         """The tokens of one caption, and what was met, as kinds to count."""
         found = []
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        whole = to_utf8(text)
         if whole != text:
             found.append("captions not UTF-8")
         ids = self.tokenizer.encode(whole)
@@ -116,7 +110,7 @@ class Captions:
 
         **Raises:**
 
-        `ValueError` if there are no templates or no names.
+        `ValueError` if there are no templates or no names, or a name is blank.
         """
         return self.read_classes(names)[0]
 
@@ -124,10 +118,41 @@ class Captions:
         self, names: Sequence[str] | None = None
     ) -> tuple[Int32[np.ndarray, "classes templates context"], list[list[list[str]]]]:
         """The tokens of every class in every template, and for each what was met, as kinds to count."""
-        names = self.names if names is None else to_names(names)
+        names = self.names if names is None else to_class_names(names)
         if self.templates is None:
             raise ValueError("`templates` are needed to make captions of classes; these captions have none")
         if names is None:
             raise ValueError("`names` are needed to make captions of classes: neither source nor captions have any")
-        rows = [[self.read(template.replace("{}", name)) for template in self.templates] for name in names]
+        rows = [[self.read(fill(template, name)) for template in self.templates] for name in names]
         return np.array([[ids for ids, _ in row] for row in rows], np.int32), [[f for _, f in row] for row in rows]
+
+
+def to_utf8(text: str) -> str:
+    """A text in which halves of surrogate pairs, which are no UTF-8, are U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def fill(template: str, name: str) -> str:
+    return template.replace("{}", name)
+
+
+def check_templates(templates: Sequence[str] | None) -> None:
+    """Refuses templates that are none; `None` is for the captions of the source."""
+    if isinstance(templates, str):
+        raise TypeError(f"`templates` must be several texts; got {templates!r}. Write ({templates!r},).")
+    if templates is not None and not len(templates):
+        raise ValueError("`templates` must hold at least one text, or be None for the captions of the source")
+    for template in templates or ():
+        if template.count("{}") != 1:
+            raise ValueError(f"a template must have one {{}}, where the name of the class stands; got {template!r}")
+
+
+def to_class_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names that can stand in captions: a blank one would make a caption of nothing."""
+    found = to_names(names)
+    for index, name in enumerate(found or ()):
+        if not name.strip():
+            raise ValueError(
+                f"the names of classes that stand in templates must not be blank; name {index} is {name!r}"
+            )
+    return found

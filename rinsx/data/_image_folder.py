@@ -3,13 +3,13 @@
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 
-from ._images import AbstractImages, Example, hash_examples, to_names
+from ._images import AbstractImages, Example, hash_examples, rows_of, to_names
 
 
 # What Pillow reads everywhere, by the ends of names.
@@ -23,11 +23,13 @@ def image_folder(
 
     - *Classes*: each folder in `path` is a class, and all images below it are of that class. Labels count the folders,
         sorted by name.
-    - *Captions*: beside each image lies its caption, UTF-8, under the same name with the suffix `.txt`, as in `a.jpg` and
-        `a.txt`.
+    - *Captions*: beside an image lies its caption, UTF-8, under the same name with the suffix `.txt`, as in `a.jpg` and
+        `a.txt`. A file is one caption, of as many lines as it has. An image without one has no caption, which
+        [`rinsx.data.Pairs`][] counts.
 
     Images are files that end in `.bmp`, `.gif`, `.jpeg`, `.jpg`, `.pgm`, `.png`, `.ppm`, `.tif`, `.tiff` or `.webp`, in small or
     capital letters, sorted by path. Left out are other files, and all whose names, or those of their folders, begin with a dot.
+    Links to folders are followed.
 
     !!! example
 
@@ -60,7 +62,8 @@ def image_folder(
     **Raises:**
 
     `FileNotFoundError` if the folder is missing, has no images, or has a class without images. `ValueError` if an image
-    lies outside of the classes, has no caption, or a caption has no image.
+    lies outside of the classes, no image has a caption, a caption has no image, or several, or a folder holds a link to one
+    that it lies in.
     """
     path, names = pathlib.Path(path), to_names(names)
     if not path.is_dir():
@@ -79,22 +82,38 @@ def image_folder(
     wanted = Counter(image.with_suffix(".txt") for image in images)
     for image in images:
         text = image.with_suffix(".txt")
-        if text not in texts:
-            raise ValueError(f"{path / image}: there is no caption {path / text}")
-        if wanted[text] > 1:
+        if text in texts and wanted[text] > 1:
             raise ValueError(f"{path / image}: another image has the same caption {path / text}")
     if alone := sorted(texts - wanted.keys()):
         raise ValueError(f"{path / alone[0]}: there is no image beside this caption")
-    return _Folder(path, tuple(images), None, None)
+    if not texts:
+        raise ValueError(
+            f"{path / images[0]}: there is no caption {images[0].stem}.txt beside it, nor beside any image"
+        )
+    return _Folder(path, tuple(images), None, None, frozenset(texts))
 
 
 def _walk(path: pathlib.Path) -> list[pathlib.Path]:
     """All files below a folder, by their paths from there, sorted. Links to folders are followed."""
-    found = []
-    for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        below = pathlib.Path(folder).relative_to(path)
-        found += [below / name for name in names if name[0] != "."]
+    found: list[pathlib.Path] = []
+    # The folders that are still to be read, each with those that it lies in, by what they are on the disk.
+    left: list[tuple[pathlib.Path, dict[tuple[int, int], pathlib.Path]]] = [(pathlib.Path(), {})]
+    while left:
+        below, above = left.pop()
+        stat = os.stat(path / below)
+        itself = stat.st_dev, stat.st_ino
+        if itself in above:
+            raise ValueError(
+                f"by a link, {path / below} is {path / above[itself]} again, which it lies in: its files would have no end"
+            )
+        with os.scandir(path / below) as entries:
+            for entry in entries:
+                if entry.name[0] == ".":
+                    continue
+                if entry.is_dir():
+                    left.append((below / entry.name, {**above, itself: below}))
+                else:
+                    found.append(below / entry.name)
     return sorted(found, key=lambda file: file.parts)
 
 
@@ -123,6 +142,7 @@ class _Folder(AbstractImages):
     images: tuple[pathlib.Path, ...]
     labels: np.ndarray | None
     names: tuple[str, ...] | None
+    captions: frozenset[pathlib.Path] = frozenset()
 
     def __repr__(self) -> str:
         return f"image_folder({self.path})"
@@ -134,9 +154,17 @@ class _Folder(AbstractImages):
         image = (self.path / self.images[index]).read_bytes()
         if self.labels is not None:
             return Example(image, label=int(self.labels[index]))
-        raw = (self.path / self.images[index].with_suffix(".txt")).read_bytes()
+        return Example(image, text=self._text(index))
+
+    def texts(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[str | None]:
+        return map(self._text, rows_of(self, indices))
+
+    def _text(self, index: int) -> str | None:
+        text = self.images[index].with_suffix(".txt")
+        if text not in self.captions:
+            return None
         # What is no UTF-8 becomes halves of surrogate pairs, which `Captions` replaces and counts.
-        return Example(image, text=raw.decode("utf-8", "surrogateescape"))
+        return (self.path / text).read_bytes().decode("utf-8", "surrogateescape")
 
     def fingerprint(self) -> str:
         return hash_examples("image_folder", map(self.example, range(len(self))), self.names)

@@ -1,21 +1,26 @@
 """Images in tables: parquet files and Hugging Face datasets."""
 
+import itertools
 import json
 import os
 import pathlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 
 from .._check import at_least
 from .._hash import hash_file
 from ._hub import load
-from ._images import AbstractImages, Example, hash_examples, to_labels
+from ._images import AbstractImages, Example, hash_examples, rows_of, to_labels, to_names, to_text
 from ._sources import find, hash_parts, shown
+
+
+# How many texts are read at once.
+_BLOCK = 1024
 
 
 def image_parquet(
@@ -61,10 +66,11 @@ def image_parquet(
     - `paths`: files, folders and patterns. A folder stands for all files below it that end in `.parquet`.
     - `image`: the column of the images: binary, or the struct `{bytes, path}` of Hugging Face. Where `bytes` is null, the file
         `path` is read, from the folder of the parquet file.
-    - `text`: the column of the captions, text. Null is an empty caption. By default there are none.
+    - `text`: the column of the captions: text, or lists of texts where images have several. Null is an empty caption. By
+        default there are none.
     - `label`: the column of the labels, integers or names of classes. By default there are none.
     - `names`: the names of the classes, in the order of the labels. By default those that Hugging Face has written into the
-        file; where labels are names, these, sorted.
+        files, which must be the same in all; where labels are names, these, sorted.
     - `row_groups`: how many row groups stay in memory.
 
     **Returns:**
@@ -73,8 +79,9 @@ def image_parquet(
 
     **Raises:**
 
-    `FileNotFoundError` if a file is missing. `ValueError` if a file is no parquet, has no rows, or lacks a column, or a
-    label is null or out of range; `TypeError` if a column is of another type. They name the file, and the row where there is one.
+    `FileNotFoundError` if a file is missing. `ValueError` if a file is no parquet or lacks a column, there are no rows, a
+    label is null or out of range, or files have other names of classes than the first; `TypeError` if a column is of another
+    type. They name the file, and the row where there is one.
     """
     at_least(1, row_groups=row_groups)
     _check_names(names, label)
@@ -83,11 +90,19 @@ def image_parquet(
     starts = [0]
     edges = [0]
     values: list[Any] = []
+    written = None
     for number, path in enumerate(found):
         with _open(path) as file:
             _check_columns(path, file.schema_arrow, image, text, label)
             if names is None and label is not None:
-                names = _written_names(file.schema_arrow, label)
+                here = _written_names(file.schema_arrow, label)
+                written = here if number == 0 else written
+                if here != written:
+                    say = lambda classes: "no names" if classes is None else list(classes)
+                    raise ValueError(
+                        f"a label is not the same class in all files: {found[0]} has {say(written)}, and {path} has {say(here)}; "
+                        "read them apart, or give `names`, which holds for all"
+                    )
             for group in range(file.metadata.num_row_groups):
                 groups.append((number, group))
                 starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
@@ -100,7 +115,7 @@ def image_parquet(
     source = _Parquet(found, image, text, tuple(groups), files, rows, None, None, _Groups(row_groups))
     if label is None:
         return source
-    labels, classes = to_labels(values, names, source.place)
+    labels, classes = to_labels(values, written if names is None else names, source.place)
     return _Parquet(found, image, text, tuple(groups), files, rows, labels, classes, _Groups(row_groups))
 
 
@@ -138,7 +153,8 @@ def image_huggingface(
 
     - `name`, `split`, `kwargs`: as in [`rinsx.data.huggingface`][].
     - `image`: the column of the images: the feature `datasets.Image`, or binary.
-    - `text`: the column of the captions, text. Null is an empty caption. By default there are none.
+    - `text`: the column of the captions: text, or lists of texts where images have several. Null is an empty caption. By
+        default there are none.
     - `label`: the column of the labels, integers or names of classes. By default there are none.
     - `names`: the names of the classes, in the order of the labels. By default those of the feature `ClassLabel`; where
         labels are names, these, sorted.
@@ -213,7 +229,7 @@ def _check_columns(path: Any, schema: Any, image: str, text: str | None, label: 
     string = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     for column, tests, wanted in (
         (image, binary, "binary, or a struct of binary `bytes` and text `path`"),
-        (text, string, "text"),
+        (text, string, "text, or lists of texts"),
         (label, (pa.types.is_integer, *string), "integers, or the names of classes"),
     ):
         if column is None:
@@ -225,17 +241,26 @@ def _check_columns(path: Any, schema: Any, image: str, text: str | None, label: 
         if column == image and pa.types.is_struct(kind):
             fields = {field.name: field.type for field in kind}
             inner = fields.get("bytes")
+        if column == text and _is_list(kind):
+            inner = kind.value_type
         if inner is None or not any(test(inner) for test in tests):
             raise TypeError(f"{path}: the column {column!r} must be {wanted}; it is {kind}")
 
 
-def _written_names(schema: Any, label: str) -> Sequence[str] | None:
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in tests)
+
+
+def _written_names(schema: Any, label: str) -> tuple[str, ...] | None:
     """The names of classes that Hugging Face writes into the file."""
     written = (schema.metadata or {}).get(b"huggingface")
     if written is None:
         return None
     try:
-        return json.loads(written)["info"]["features"][label].get("names")
+        return to_names(json.loads(written)["info"]["features"][label].get("names"))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -298,16 +323,27 @@ class _Parquet(AbstractImages):
 
     def example(self, index: int) -> Example:
         group = int(np.searchsorted(self.rows, index, "right")) - 1
-        table = self.cache.get(group, lambda: self._read(group))
+        columns = [self.image] if self.text is None else [self.image, self.text]
+        table = self.cache.get(group, lambda: self._read(group, columns))
         row = index - int(self.rows[group])
         path = self.paths[self.groups[group][0]]
         image = _bytes(table.column(self.image)[row].as_py(), path.parent, self.place(index))
-        text = None if self.text is None else table.column(self.text)[row].as_py() or ""
+        text = None if self.text is None else to_text(table.column(self.text)[row].as_py())
         return Example(image, text, None if self.labels is None else int(self.labels[index]))
 
-    def _read(self, group: int) -> Any:
+    def texts(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[str | tuple[str, ...] | None]:
+        before, table = -1, cast(Any, None)
+        for index in rows_of(self, indices):
+            if self.text is None:
+                yield None
+                continue
+            group = int(np.searchsorted(self.rows, index, "right")) - 1
+            if group != before:
+                before, table = group, self._read(group, [self.text])
+            yield to_text(table.column(self.text)[index - int(self.rows[group])].as_py())
+
+    def _read(self, group: int, columns: Sequence[str]) -> Any:
         number, inside = self.groups[group]
-        columns = [self.image] if self.text is None else [self.image, self.text]
         with _open(self.paths[number]) as file:
             return _read_group(file, self.paths[number], inside, columns)
 
@@ -340,8 +376,17 @@ class _HuggingFace(AbstractImages):
     def example(self, index: int) -> Example:
         row = self.dataset[index]
         image = _bytes(row[self.image], pathlib.Path(), self.place(index))
-        text = None if self.text is None else row[self.text] or ""
+        text = None if self.text is None else to_text(row[self.text])
         return Example(image, text, None if self.labels is None else int(self.labels[index]))
+
+    def texts(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[str | tuple[str, ...] | None]:
+        index = np.arange(len(self)) if indices is None else np.asarray(indices, np.int64)
+        if self.text is None:
+            yield from itertools.repeat(None, len(index))
+            return
+        column = self.dataset.select_columns([self.text])
+        for low in range(0, len(index), _BLOCK):
+            yield from map(to_text, column[index[low : low + _BLOCK].tolist()][self.text])
 
     def fingerprint(self) -> str:
         return hash_examples("image_huggingface", map(self.example, range(len(self))), self.names)

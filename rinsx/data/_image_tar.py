@@ -13,7 +13,7 @@ import numpy as np
 
 from .._hash import hash_file
 from ._image_folder import SUFFIXES
-from ._images import AbstractImages, Example, to_labels
+from ._images import AbstractImages, Example, rows_of, to_labels, to_text
 from ._sources import find, hash_parts, shown
 
 
@@ -64,8 +64,8 @@ def image_tar(
     - `paths`: files, folders and patterns such as `"shards/*.tar"`. A folder stands for all files below it that end in `.tar`.
     - `image`: the extension of the image, such as `"jpg"` or `"seg.png"`. By default the one member that ends as images do
         (see [`rinsx.data.image_folder`][]), without another dot.
-    - `text`: where the caption is: an extension, such as `"txt"`, or a field of a JSON member, such as `"json:caption"`.
-        By default none is read.
+    - `text`: where the caption is: an extension, such as `"txt"`, or a field of a JSON member, such as `"json:caption"`,
+        which can be a list of several. A member `"txt"` is one caption, of as many lines as it has. By default none is read.
     - `label`: where the label is, in the same way: `"cls"`, `"json:label"`. It is an integer or the name of a class.
     - `names`: the names of the classes, in the order of the labels. Where labels are names, by default these, sorted.
 
@@ -96,8 +96,10 @@ def image_tar(
     if text is not None and ":" in text:
         for index in range(len(source)):
             value = source.json(index, 1, text)
-            if not isinstance(value, str | None):
-                raise TypeError(f"{source.place(index)}: {text!r} must be text; got {type(value).__name__}: {value!r}")
+            if not all(isinstance(part, str | None) for part in (value if isinstance(value, list) else [value])):
+                raise TypeError(
+                    f"{source.place(index)}: {text!r} must be text, or a list of texts; got {type(value).__name__}: {value!r}"
+                )
     if label is None:
         return source
     values = source.label_values()
@@ -202,11 +204,21 @@ class _Tar(AbstractImages):
         label = None if self.labels is None else int(self.labels[index])
         if self.text is None:
             return Example(self._read(index, 0)[0], None, label)
-        if ":" in self.text:
-            return Example(self._read(index, 0)[0], self.json(index, 1, self.text) or "", label)
         image, raw = self._read(index, 0, 1)
+        return Example(image, self._to_text(index, raw), label)
+
+    def texts(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[str | tuple[str, ...] | None]:
+        return map(self._text, rows_of(self, indices))
+
+    def _text(self, index: int) -> str | tuple[str, ...] | None:
+        return None if self.text is None else self._to_text(index, self._read(index, 1)[0])
+
+    def _to_text(self, index: int, raw: bytes) -> str | tuple[str, ...]:
+        assert self.text is not None
+        if ":" in self.text:
+            return to_text(self._field(index, raw, self.text))
         # What is no UTF-8 becomes halves of surrogate pairs, which `Captions` replaces and counts.
-        return Example(image, raw.decode("utf-8", "surrogateescape"), label)
+        return raw.decode("utf-8", "surrogateescape")
 
     def _read(self, index: int, *members: int) -> list[bytes]:
         path = self.paths[self.samples[index][0]]
@@ -222,7 +234,9 @@ class _Tar(AbstractImages):
 
     def json(self, index: int, member: int, wanted: str) -> Any:
         """A field of a JSON member."""
-        (raw,) = self._read(index, member)
+        return self._field(index, self._read(index, member)[0], wanted)
+
+    def _field(self, index: int, raw: bytes, wanted: str) -> Any:
         name, _, field = wanted.partition(":")
         try:
             record = json.loads(raw)

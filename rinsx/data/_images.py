@@ -2,13 +2,17 @@
 
 import abc
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
 
 from ._sources import hash_parts
+
+
+# How many rows may lack a text before it is said that there are none.
+_LOOK = 100
 
 
 @final
@@ -28,12 +32,12 @@ class Example:
     **Attributes:**
 
     - `image`: the bytes of a file, in any format that Pillow reads; or an array, as [`rinsx.data.Pixels`][] takes it.
-    - `text`: the caption, if there is one.
+    - `text`: the caption, if there is one; or a tuple of several. In training one of them is drawn, in evaluation it is the first.
     - `label`: the number of the class, from 0, if there are classes.
     """
 
     image: bytes | np.ndarray
-    text: str | None = None
+    text: str | tuple[str, ...] | None = None
     label: int | None = None
 
 
@@ -75,6 +79,23 @@ class AbstractImages(abc.ABC):
         - `index`: its number.
         """
 
+    def texts(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[str | tuple[str, ...] | None]:
+        """The texts of rows, as `example` has them, but without the images.
+
+        A source of your own need not have this method: then rows are read with `example`. With it,
+        [`rinsx.data.captions_of`][] is fast where images lie elsewhere.
+
+        **Arguments:**
+
+        - `indices`: the numbers of the rows; by default all, in order.
+
+        **Returns:**
+
+        An iterator: for each row its text, several texts, or `None`.
+        """
+        for index in rows_of(self, indices):
+            yield self.example(index).text
+
     def subset(self, indices: Any) -> "AbstractImages":
         """Some of the rows. Nothing is copied.
 
@@ -113,12 +134,45 @@ class _Subset(AbstractImages):
     def example(self, index: int) -> Example:
         return self.source.example(int(self.indices[index]))
 
+    def texts(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[str | tuple[str, ...] | None]:
+        chosen = self.indices if indices is None else self.indices[np.asarray(indices, np.int64)]
+        return self.source.texts(chosen)
+
     def fingerprint(self) -> str:
         chosen = hashlib.sha256(self.indices.astype("<i8").tobytes()).hexdigest()
         return hash_parts("subset", self.source.fingerprint(), chosen)
 
     def place(self, index: int) -> str:
         return self.source.place(int(self.indices[index]))
+
+
+def rows_of(source: AbstractImages, indices: Sequence[int] | np.ndarray | None) -> Iterable[int]:
+    """The rows that `texts` is asked for."""
+    return range(len(source)) if indices is None else map(int, indices)
+
+
+def captions_in(text: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The captions of a row, without those that are blank."""
+    several = () if text is None else (text,) if isinstance(text, str) else text
+    if not isinstance(several, tuple | list) or not all(isinstance(caption, str) for caption in several):
+        raise TypeError(f"the text of an image must be a `str`, a tuple of these, or None; got {text!r}")
+    return tuple(caption for caption in several if caption.strip())
+
+
+def to_text(value: str | list[str | None] | None) -> str | tuple[str, ...]:
+    """A text, or a list of texts, as it stands in a table; null is an empty text."""
+    return tuple(part or "" for part in value) if isinstance(value, list) else value or ""
+
+
+def check_texts(source: AbstractImages) -> None:
+    """Refuses a source that looks as if nobody had said where its captions are."""
+    # Over all of the source: there can be many images without a caption side by side.
+    look = np.unique(np.linspace(0, len(source) - 1, min(len(source), _LOOK)).astype(np.int64))
+    if all(text is None for text in source.texts(look)):
+        raise ValueError(
+            f"{source!r}: none of {len(look)} rows has a text; say where the captions are, or make them from classes, with "
+            "`templates`"
+        )
 
 
 def to_labels(

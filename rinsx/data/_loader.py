@@ -9,6 +9,7 @@ import grain
 import jax
 import numpy as np
 
+from .._check import at_least
 from ._mixture import Mixture
 from ._pairs import Pairs
 from ._windows import Batch, Windows
@@ -32,8 +33,8 @@ def batches(
     gap: a batch can have the end of one and the beginning of the next. Only with `epochs` is something dropped: the windows
     after the last full batch.
 
-    Of pairs, what is random in a row, which is crop, flip and template, comes from `seed`, the number of the epoch and the
-    number of the row. It is drawn with `shuffle=False` too.
+    Of pairs, what is random in a row, which is crop, flip, and template or caption, comes from `seed`, the number of the
+    epoch and the number of the row. It is drawn with `shuffle=False` too.
 
     With several processes each one gets its rows of every batch. Put together in the order of the processes, they are the
     batch of one process.
@@ -64,10 +65,11 @@ def batches(
     - `epochs`: how often all windows are gone through; `None` is without end.
     - `shard`: `(index, count)`, which of how many processes this one is; by default as JAX says. `count` must divide
         `batch_size`.
-    - `prefetch`: how many batches are prepared ahead of time in the background; 0 is none. The state of an iterator
-        counts only what was handed out. Call the iterator's `close()` when done.
-    - `threads`: how many threads prepare them, each a whole batch at a time, so at most `prefetch`. Batches come in the
-        same order. It helps where images are decoded.
+    - `prefetch`: how many batches are prepared ahead of time in the background, one after the other; 0 is none. So up to
+        `prefetch + 1` are in memory: these, and the one that was handed out. The state of an iterator counts only what was
+        handed out. Call the iterator's `close()` when done.
+    - `threads`: how many threads decode the images of a batch, which takes no more memory. Batches are the same. Windows of
+        tokens have nothing to decode.
 
     **Returns:**
 
@@ -85,13 +87,14 @@ def batches(
         raise ValueError(f"`seed` must be an integer from 0; got {seed}")
     if epochs is not None and epochs < 1:
         raise ValueError(f"`epochs` must be at least 1, or None for no end; got {epochs}")
-    rows = _rows(batch_size, shard)
+    rows = share(batch_size, shard)
     if epochs is not None and epochs * len(windows) < batch_size:
         raise ValueError(
             f"{windows!r} has {len(windows)} {_called(windows)}: {epochs} epoch(s) do not fill one batch of {batch_size}"
         )
     steps = sys.maxsize // batch_size if epochs is None else epochs * len(windows) // batch_size
-    return _dataset(_Training(windows, batch_size, rows, seed, shuffle, steps), prefetch, threads)
+    _check_threads(windows, threads)
+    return _dataset(_Training(windows, batch_size, rows, seed, shuffle, steps, threads), prefetch)
 
 
 def evaluation(
@@ -130,10 +133,11 @@ def evaluation(
         raise TypeError(
             f"`windows` must be `rx.data.Windows` or `rx.data.Pairs`: a mixture is evaluated part by part; got {windows!r}"
         )
-    return _dataset(_Evaluation(windows, batch_size, _rows(batch_size, shard)), prefetch, threads)
+    _check_threads(windows, threads)
+    return _dataset(_Evaluation(windows, batch_size, share(batch_size, shard), threads), prefetch)
 
 
-def _rows(batch_size: int, shard: tuple[int, int] | None) -> range:
+def share(batch_size: int, shard: tuple[int, int] | None) -> range:
     """The rows of a global batch that belong to this process."""
     index, count = (jax.process_index(), jax.process_count()) if shard is None else shard
     if not 0 <= index < count:
@@ -143,14 +147,17 @@ def _rows(batch_size: int, shard: tuple[int, int] | None) -> range:
     return range(index * batch_size // count, (index + 1) * batch_size // count)
 
 
-def _dataset(source: "_Training | _Evaluation", prefetch: int, threads: int) -> grain.IterDataset:
+def _check_threads(windows: Windows | Pairs | Mixture, threads: int) -> None:
+    at_least(1, threads=threads)
+    if threads > 1 and _called(windows) == "windows":
+        raise ValueError(f"`threads` decode images, of which windows of tokens have none; got threads={threads}")
+
+
+def _dataset(source: "_Training | _Evaluation", prefetch: int) -> grain.IterDataset:
     if prefetch < 0:
         raise ValueError(f"`prefetch` must be 0 or a number of batches; got {prefetch}")
-    if not 1 <= threads <= max(prefetch, 1):
-        raise ValueError(
-            f"`threads` must be from 1 to `prefetch`, since each prepares a batch; got threads={threads}, prefetch={prefetch}"
-        )
-    options = grain.ReadOptions(num_threads=min(prefetch, threads), prefetch_buffer_size=prefetch)
+    # One batch at a time is prepared: what is parallel is within it.
+    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
     return grain.MapDataset.source(source).to_iter_dataset(options)
 
 
@@ -166,6 +173,7 @@ class _Training:
         seed: int,
         shuffle: bool,
         steps: int,
+        threads: int,
     ):
         self._windows = windows
         self._batch_size = batch_size
@@ -173,6 +181,7 @@ class _Training:
         self._seed = seed
         self._shuffle = shuffle
         self._steps = steps
+        self._threads = threads
 
     def __len__(self) -> int:
         return self._steps
@@ -183,15 +192,16 @@ class _Training:
     def __getitem__(self, index: SupportsIndex) -> Batch:
         begin = operator.index(index) * self._batch_size
         chosen = [_pick(self._windows, begin + row, self._seed, self._shuffle, ()) for row in self._rows]
-        return _gather(chosen)
+        return _gather(chosen, self._threads)
 
 
 @final
 class _Evaluation:
-    def __init__(self, windows: Windows | Pairs, batch_size: int, rows: range):
+    def __init__(self, windows: Windows | Pairs, batch_size: int, rows: range, threads: int):
         self._windows = windows
         self._batch_size = batch_size
         self._rows = rows
+        self._threads = threads
 
     def __len__(self) -> int:
         return -(-len(self._windows) // self._batch_size)
@@ -205,7 +215,8 @@ class _Evaluation:
         beyond = index >= len(self._windows)
         if isinstance(self._windows, Pairs):
             # No image is decoded, or counted, to fill up a batch.
-            batch, blank = self._windows.take(index[~beyond]), self._windows.blank(int(beyond.sum()))
+            batch = self._windows.take(index[~beyond], threads=self._threads)
+            blank = self._windows.blank(int(beyond.sum()))
             return {key: np.concatenate([value, blank[key]]) for key, value in batch.items()} if beyond.any() else batch
         batch = self._windows.take(np.where(beyond, 0, index))
         batch["weights"][beyond] = 0
@@ -236,17 +247,24 @@ def _called(windows: Windows | Pairs | Mixture) -> str:
     return "pairs" if isinstance(windows, Pairs) else "windows"
 
 
-def _gather(chosen: Sequence[_Picked]) -> Batch:
+def _gather(chosen: Sequence[_Picked], threads: int) -> Batch:
     """The rows of a batch, those of each corpus read at once."""
     rows: dict[int, list[int]] = {}
     for row, (windows, _, _) in enumerate(chosen):
         rows.setdefault(id(windows), []).append(row)
-    taken = []
+    batch: Batch = {}
     for group in rows.values():
         windows, indices = chosen[group[0]][0], [chosen[row][1] for row in group]
-        draws = [chosen[row][2] for row in group]
-        taken.append(windows.take(indices, draws) if isinstance(windows, Pairs) else windows.take(indices))
-    if len(taken) == 1:
-        return taken[0]
-    order = np.argsort(np.concatenate(list(rows.values())))
-    return {key: np.concatenate([part[key] for part in taken])[order] for key in taken[0]}
+        if isinstance(windows, Pairs):
+            part = windows.take(indices, [chosen[row][2] for row in group], threads=threads)
+        else:
+            part = windows.take(indices)
+        if len(rows) == 1:
+            return part
+        # Images are large: a part is put in its place before the next one is read.
+        for key in tuple(part):
+            value = part.pop(key)
+            if key not in batch:
+                batch[key] = np.empty((len(chosen), *value.shape[1:]), value.dtype)
+            batch[key][group] = value
+    return batch

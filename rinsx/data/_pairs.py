@@ -1,27 +1,27 @@
 """Pairs of images and texts: a sequence with random access, each row computed from its number and what it draws from."""
 
+import copy
 import logging
 import operator
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, final, SupportsIndex
+from typing import Any, final, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 
 from .._check import at_least
 from ._captions import Captions
 from ._decode import BrokenImage, pillow
-from ._images import AbstractImages, check_label, Example
+from ._images import AbstractImages, captions_in, check_label, check_texts, Example
 from ._pixels import Pixels
 
 
 _logger = logging.getLogger("rinsx.data")
-# How many rows may lack a text before it is said that there are none.
-_LOOK = 100
-# How many rows a thread takes at once where all are gone through.
-_BLOCK = 256
+# How many rows a thread takes at once. So few that threads are at work on neighbours, which parquet reads together.
+_PIECE = 8
+_X = TypeVar("_X")
 
 
 @final
@@ -36,9 +36,13 @@ class Pairs:
     - `labels`, int32 `[]`: only where the source has labels.
     - `weights`, float32 `[]`: 1, or 0 where the row does not count.
 
+    Where an image has several captions, one is drawn in training, and in evaluation it is the first.
+    [`rinsx.data.all_captions`][] gives all of them. What is drawn of an image does not depend on captions.
+
     A row does not count if its image is broken, which then is all zeros; or if its caption is empty: there is none, or it
-    has only white space. Nothing of this stops a run. It is counted, by kind, in `counts`, and the logger `rinsx.data`
-    names each such row at the level DEBUG. What is wrong with the layout is an error that names the place.
+    has only white space. Of several captions the empty ones are passed over. Nothing of this stops a run. It is counted, by
+    kind, in `counts`, and the logger `rinsx.data` names each such row at the level DEBUG. What is wrong with the layout is an
+    error that names the place.
 
     !!! example
 
@@ -86,12 +90,7 @@ class Pairs:
             captions = self._with_names(source, captions)
             self._classes = captions.read_classes()
         elif captions is not None:
-            look = range(min(len(source), _LOOK))
-            if first.text is None and all(source.example(i).text is None for i in look):
-                raise ValueError(
-                    f"{source!r}: none of the first {len(look)} rows has a text; say where the captions are, or make them "
-                    "from labels, with `templates`"
-                )
+            check_texts(source)
         self.source = source
         self.pixels = pixels
         self.captions = captions
@@ -151,24 +150,56 @@ class Pairs:
 
         `Pairs` with counts of its own.
         """
-        return Pairs(self.source.subset(indices), self.pixels, self.captions, labels=self.labels)
+        # Not made anew: what the constructor refuses in the whole can be so in a part.
+        part = copy.copy(self)
+        part.source = self.source.subset(indices)
+        part._counts = Counter()
+        return part
 
     def take(
-        self, indices: Sequence[int] | np.ndarray, draws: Sequence[tuple[int, ...]] | None = None
+        self,
+        indices: Sequence[int] | np.ndarray,
+        draws: Sequence[tuple[int, ...]] | None = None,
+        *,
+        threads: int = 1,
     ) -> dict[str, np.ndarray]:
         """Several rows at once.
 
         **Arguments:**
 
         - `indices`: `n` numbers of rows, from 0 to below `len(pairs)`.
-        - `draws`: for each row the integers, from 0, that with its number decide what is drawn: template, flip and crop.
-            `None` is for evaluation: the first template, no flip, and the middle.
+        - `draws`: for each row the integers, from 0, that with its number decide what is drawn: template or caption,
+            flip and crop. `None` is for evaluation: the first template or caption, no flip, and the middle.
+        - `threads`: how many threads decode. The rows are the same.
 
         **Returns:**
 
         A dict of arrays `[n, ...]`.
         """
-        batch, counts = self._take(np.asarray(indices, np.int64), draws)
+        at_least(1, threads=threads)
+        index = np.asarray(indices, np.int64)
+        wrong = index[(index < 0) | (index >= len(self))]
+        if wrong.size:
+            raise IndexError(f"row {wrong[0]} of {len(self)}; they are numbered from 0 to {len(self) - 1}")
+        if draws is not None and len(draws) != len(index):
+            raise ValueError(f"`draws` must have an entry for each row; got {len(draws)} for {len(index)} rows")
+        batch = self.blank(len(index))
+
+        def read(row: int) -> list[str]:
+            found = self._read(int(index[row]), None if draws is None else draws[row])
+            if found.image is not None:
+                batch["images"][row] = self.pixels.normalise(found.image)
+            if found.tokens is not None:
+                batch["tokens"][row] = found.tokens
+            if self.labels:
+                batch["labels"][row] = found.label
+            batch["weights"][row] = found.counts
+            return found.kinds
+
+        counts: Counter[str] = Counter()
+        # In the order of the source, so that what lies side by side is read together.
+        for kinds in _each(read, np.argsort(index, kind="stable").tolist(), threads):
+            counts.update(kinds)
         with self._lock:
             self._counts.update(counts)
         return batch
@@ -184,12 +215,9 @@ class Pairs:
 
         The counts of this pass, as `counts` has them. They are not added to `counts`.
         """
-        at_least(1, threads=threads)
-        blocks = [np.arange(low, min(low + _BLOCK, len(self))) for low in range(0, len(self), _BLOCK)]
         total: Counter[str] = Counter()
-        with ThreadPoolExecutor(threads) as pool:
-            for counts in pool.map(lambda block: self._take(block, None)[1], blocks):
-                total.update(counts)
+        for kinds in self.each(lambda row: row.kinds, threads):
+            total.update(kinds)
         return dict(total)
 
     @property
@@ -214,48 +242,34 @@ class Pairs:
         batch["weights"] = np.zeros(rows, np.float32)
         return batch
 
-    def _take(
-        self, index: np.ndarray, draws: Sequence[tuple[int, ...]] | None
-    ) -> tuple[dict[str, np.ndarray], Counter[str]]:
-        wrong = index[(index < 0) | (index >= len(self))]
-        if wrong.size:
-            raise IndexError(f"row {wrong[0]} of {len(self)}; they are numbered from 0 to {len(self) - 1}")
-        if draws is not None and len(draws) != len(index):
-            raise ValueError(f"`draws` must have an entry for each row; got {len(draws)} for {len(index)} rows")
-        counts: Counter[str] = Counter()
-        batch = self.blank(len(index))
-        whole = np.zeros(len(index), bool)
-        pixels = np.zeros((len(index), *self.pixels.size, 3), np.uint8)
-        # In the order of the source, so that what lies side by side is read together.
-        for row in np.argsort(index, kind="stable").tolist():
-            number = int(index[row])
-            random = None if draws is None else np.random.default_rng([*draws[row], number])
-            example = self.source.example(number)
-            label = self._label(example, number)
-            if self.labels:
-                batch["labels"][row] = label
-            counted = True
-            if self.captions is not None:
-                tokens, found = self._tokens(example, label, random)
-                if tokens is None:
-                    counted = False
-                    _logger.debug("%s: the caption is empty", self.source.place(number))
-                else:
-                    batch["tokens"][row] = tokens
-                counts.update(found)
-            try:
-                pixels[row], found = self.pixels.read(example.image, random)
-                whole[row] = True
-            except BrokenImage as error:
-                found = ["broken images"]
-                _logger.debug("%s: the image is broken: %s", self.source.place(number), error)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{self.source.place(number)}: {error}") from None
-            counts.update(["rows", *found])
-            batch["weights"][row] = counted and whole[row]
-        batch["images"] = self.pixels.normalise(pixels)
-        batch["images"][~whole] = 0
-        return batch, counts
+    def each(self, fn: Callable[["Row"], _X], threads: int) -> Iterator[_X]:
+        """What a function makes of each row, in order, as for an evaluation. Nothing is added to `counts`."""
+        at_least(1, threads=threads)
+        return _each(lambda index: fn(self._read(index, None)), range(len(self)), threads)
+
+    def _read(self, index: int, draw: tuple[int, ...] | None) -> "Row":
+        example = self.source.example(index)
+        label = self._label(example, index)
+        kinds = ["rows"]
+        captions: tuple[str, ...] = ()
+        tokens = None
+        if self.captions is not None:
+            captions, tokens, found = self._tokens(example, label, index, draw)
+            kinds += found
+            if tokens is None:
+                _logger.debug("%s: the caption is empty", self.source.place(index))
+        image = None
+        try:
+            image, found = self.pixels.read(
+                example.image, None if draw is None else np.random.default_rng([*draw, index])
+            )
+        except BrokenImage as error:
+            found = ["broken images"]
+            _logger.debug("%s: the image is broken: %s", self.source.place(index), error)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.source.place(index)}: {error}") from None
+        counts = image is not None and (self.captions is None or tokens is not None)
+        return Row(image, tokens, label, counts, [*kinds, *found], captions)
 
     def _label(self, example: Example, index: int) -> int:
         """The label of a row, or 0 where the source has none."""
@@ -273,13 +287,50 @@ class Pairs:
         return label
 
     def _tokens(
-        self, example: Example, label: int, random: np.random.Generator | None
-    ) -> tuple[np.ndarray | None, list[str]]:
+        self, example: Example, label: int, index: int, draw: tuple[int, ...] | None
+    ) -> tuple[tuple[str, ...], np.ndarray | None, list[str]]:
+        """The captions of a row, the tokens of one of them, and what was met."""
+        assert self.captions is not None
+        try:
+            captions = () if self._classes is not None else captions_in(example.text)
+        except TypeError as error:
+            raise TypeError(f"{self.source.place(index)}: {error}") from None
+        several = len(captions) if self._classes is None else self._classes[0].shape[1]
+        which = 0
+        if draw is not None and several > 1:
+            # A generator of its own: what is drawn of the image is the same with other captions, and with none.
+            text = np.random.SeedSequence([*draw, index], spawn_key=(1,))
+            which = int(np.random.default_rng(text).integers(several))
         if self._classes is not None:
             tokens, found = self._classes
-            which = 0 if random is None else int(random.integers(tokens.shape[1]))
-            return tokens[label, which], found[label][which]
-        assert self.captions is not None
-        if example.text is None or not example.text.strip():
-            return None, ["empty captions"]
-        return self.captions.read(example.text)
+            return captions, tokens[label, which], found[label][which]
+        if not captions:
+            return captions, None, ["empty captions"]
+        return captions, *self.captions.read(captions[which])
+
+
+class Row(NamedTuple):
+    """A row that was read: what becomes of it, whether it counts, what was met, and all of its captions."""
+
+    image: np.ndarray | None
+    tokens: np.ndarray | None
+    label: int
+    counts: bool
+    kinds: list[str]
+    captions: tuple[str, ...]
+
+
+def _each(fn: Callable[[int], _X], rows: Sequence[int], threads: int) -> Iterator[_X]:
+    """What a function makes of each row, in their order. An error is that of the first row that has one."""
+    if threads == 1 or len(rows) <= 1:
+        yield from map(fn, rows)
+        return
+    work = lambda piece: [fn(row) for row in piece]
+    # Not the pieces of a whole source at once: each waits with its results until its turn.
+    block = 64 * threads * _PIECE
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(rows), block):
+            stop = min(start + block, len(rows))
+            pieces = [rows[low : min(low + _PIECE, stop)] for low in range(start, stop, _PIECE)]
+            for found in pool.map(work, pieces):
+                yield from found

@@ -1,8 +1,9 @@
 """Pixels: an image decoded, cropped, resized and normalised."""
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any, final, Literal
+from typing import Any, final, Literal, SupportsIndex
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Pixels:
 
     def __init__(
         self,
-        size: int | Sequence[int],
+        size: SupportsIndex | Sequence[SupportsIndex],
         *,
         crop: Sequence[float | int] | None = None,
         flip: bool = False,
@@ -77,9 +78,13 @@ class Pixels:
 
         **Raises:**
 
-        `ValueError` if a number is out of range.
+        `ValueError` if a number is out of range, `TypeError` if `size` is not of integers.
         """
-        height, width = (size, size) if isinstance(size, int) else size if len(size) == 2 else (0, 0)
+        try:
+            sides = tuple(map(operator.index, size)) if isinstance(size, Sequence) else (operator.index(size),) * 2
+        except TypeError:
+            raise TypeError(f"`size` must be an integer, or (height, width); got {size!r}") from None
+        height, width = sides if len(sides) == 2 else (0, 0)
         if min(height, width) < 1:
             raise ValueError(f"`size` must be at least 1, or (height, width); got {size}")
         if crop is not None and not (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1):

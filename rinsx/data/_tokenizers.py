@@ -136,7 +136,7 @@ class BPE(AbstractTokenizer):
 
         **Arguments:**
 
-        - `source`: the corpus.
+        - `source`: the corpus. That of a source of images is [`rinsx.data.captions_of`][].
         - `vocab_size`: how many tokens there are to be, at least 257: the bytes, the merges, and `end`.
 
         **Returns:**
@@ -145,9 +145,13 @@ class BPE(AbstractTokenizer):
 
         **Raises:**
 
-        `ValueError` if the corpus is too small for so many.
+        `ValueError` if the corpus is too small for so many; `TypeError` if it is no source of texts.
         """
         library = _tokenizers()
+        if not isinstance(source, AbstractSource):
+            raise TypeError(
+                f"`source` must be a source of texts; got {source!r}. Of images it is rx.data.captions_of(source)."
+            )
         if vocab_size < 257:
             raise ValueError(f"`vocab_size` must be at least 257: the 256 bytes, and `end`; got {vocab_size}")
         byte_level = library.pre_tokenizers.ByteLevel

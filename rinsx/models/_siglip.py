@@ -100,12 +100,13 @@ class SigLIP(eqx.Module):
         self.bias = jnp.float32(bias)
 
     def embed_images(self, images: Any, *, key: PRNGKeyArray | None = None) -> Float[Array, "batch size"]:
-        """Unit vectors of images, in float32. `key` is for towers that draw random numbers."""
+        """Unit vectors of images, in float32 (float64 where the tower makes that, under x64). `key` is for towers that draw
+        random numbers."""
         with jax.named_scope("image"):
             return _unit(self.image(images) if key is None else self.image(images, key=jr.fold_in(key, 0)))
 
     def embed_texts(self, tokens: Any, *, key: PRNGKeyArray | None = None) -> Float[Array, "batch size"]:
-        """Unit vectors of texts, in float32."""
+        """Unit vectors of texts, in float32 (float64 where the tower makes that, under x64)."""
         with jax.named_scope("text"):
             return _unit(self.text(tokens) if key is None else self.text(tokens, key=jr.fold_in(key, 1)))
 
@@ -130,12 +131,13 @@ class SigLIP(eqx.Module):
 
         - `batch`: `images`, `tokens`, and if there are any `weights` of shape `[batch]`: a row of weight 0 is in no pair.
         - `key`: for towers that draw random numbers.
-        - `mesh`: pass the texts around its devices, see [`rinsx.nn.sigmoid_loss`][]: `functools.partial(SigLIP.loss, mesh=mesh)`.
+        - `mesh`: share the pairs out over its devices: `functools.partial(SigLIP.loss, mesh=mesh)`. The sigmoid loss passes the
+            texts around them, see [`rinsx.nn.sigmoid_loss`][].
         - `softmax`: take the loss of CLIP instead, see [`rinsx.nn.softmax_loss`][].
 
         **Returns:**
 
-        The sum over pairs, in nats, and the number of images.
+        The sum, in nats, over all pairs of an image and a text (with `softmax`: over rows), and the sum of the weights.
         """
         x, y = self.embed_images(batch["images"], key=key), self.embed_texts(batch["tokens"], key=key)
         if x.shape != y.shape:
@@ -145,7 +147,7 @@ class SigLIP(eqx.Module):
         scale, weights = jnp.exp(self.log_scale), batch.get("weights")
         with jax.named_scope("loss"):
             if softmax:
-                return softmax_loss(x, y, scale, weights=weights)
+                return softmax_loss(x, y, scale, weights=weights, mesh=mesh)
             return sigmoid_loss(x, y, scale, self.bias, weights=weights, mesh=mesh)
 
 

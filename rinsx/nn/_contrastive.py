@@ -72,13 +72,10 @@ def sigmoid_loss(
     **Raises:**
 
     `ValueError` where there are not as many texts or weights as images, and where the devices do not divide the rows.
+    `TypeError` where `mesh` is no mesh.
     """
     images, texts, weights = _prepare(images, texts, weights, piece)
-    if mesh is not None and images.shape[0] % mesh.size != 0:
-        raise ValueError(
-            f"the rows must be a multiple of the {mesh.size} devices of the mesh; got {images.shape[0]} rows."
-        )
-    mesh = None if mesh is None or mesh.size == 1 else mesh
+    mesh = _shared_by(mesh, images.shape[0])
     weight, scale, bias = jnp.sum(weights), jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         # Axes of this type move nothing by themselves.
@@ -94,14 +91,17 @@ def softmax_loss(
     scale: Scalar | float,
     *,
     weights: Float[Array, " weights"] | None = None,
+    mesh: Mesh | None = None,
     piece: int = _PIECE,
 ) -> tuple[Scalar, Scalar]:
     """CLIP's loss ([Radford et al.](https://arxiv.org/abs/2103.00020)): the mean of two cross-entropies, in nats, that of the
     right text among all texts and that of the right image among all images. The logits are `scale * images @ texts.T`.
 
     Texts are taken a piece at a time, and logits are made again for the gradient, so that the matrix of all pairs never
-    stands in memory; one float32 for each image and piece does. Under a mesh of the type Auto it runs as it is, inside
-    `jax.jit`. Products are taken in the dtype of the embeddings and added up in float32.
+    stands in memory; one float32 for each image and piece does. With `mesh`, rows are kept shared out over its devices, and XLA
+    decides what is moved between them, inside `jax.jit`.
+
+    Products are taken in the dtype of the embeddings and added up in float32. Embeddings in float64 are rounded to float32 first.
 
     !!! example
 
@@ -119,6 +119,8 @@ def softmax_loss(
     - `images`, `texts`, `scale`: as in [`rinsx.nn.sigmoid_loss`][].
     - `weights`: how much each row counts, at least 0; by default 1. A row of weight 0 neither counts nor is an alternative for
         others; any other is one alternative, whatever its weight. Weights are not differentiated (`jax.lax.stop_gradient`).
+    - `mesh`: rows are shared out over all of its axes, which are of the type Auto, such as those of [`rinsx.train.mesh`][]. By
+        default the arrays stay as they are.
     - `piece`: the most bytes of float32 logits at once; but always those of one text. Under a mesh, on all devices together.
 
     **Returns:**
@@ -127,9 +129,17 @@ def softmax_loss(
 
     **Raises:**
 
-    `ValueError` where there are not as many texts or weights as images.
+    `ValueError` where there are not as many texts or weights as images, where the devices do not divide the rows, and where an axis
+    of the mesh is not of the type Auto. `TypeError` where `mesh` is no mesh.
     """
     images, texts, weights = _prepare(images, texts, weights, piece)
+    mesh = _shared_by(mesh, images.shape[0])
+    if mesh is not None:
+        if any(kind != AxisType.Auto for kind in mesh.axis_types):
+            raise ValueError(f"the axes of the mesh must be of the type Auto; got {mesh.axis_types}.")
+        shared = NamedSharding(mesh, P(mesh.axis_names))
+        keep = lambda x: lax.with_sharding_constraint(x, shared)
+        images, texts, weights = keep(images), keep(texts), keep(weights)
     n, dtype = images.shape[0], images.dtype
     scale = jnp.asarray(scale, jnp.float32)
     number, length = _pieces(n, n, piece)
@@ -173,6 +183,17 @@ def _prepare(images, texts, weights, piece) -> tuple[Array, Array, Array]:
     # Zero times NaN would be NaN.
     clean = lambda x: jnp.where((weights != 0)[:, None], x, 0).astype(dtype)
     return clean(images), clean(texts), weights
+
+
+def _shared_by(mesh: Any, rows: int) -> Mesh | None:
+    """The mesh, checked; `None` where there is nothing to share out."""
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"`mesh` must be a jax.sharding.Mesh, such as rx.train.mesh(), or None; got {mesh!r}.")
+    if rows % mesh.size != 0:
+        raise ValueError(f"the rows must be a multiple of the {mesh.size} devices of the mesh; got {rows} rows.")
+    return None if mesh.size == 1 else mesh
 
 
 def _pieces(rows: int, texts: int, piece: int) -> tuple[int, int]:

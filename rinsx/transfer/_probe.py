@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ._rank import check_axes, check_widths
+
 
 class Probe(NamedTuple):
     """What [`rinsx.transfer.linear_probe`][] returns.
@@ -24,9 +26,9 @@ class Probe(NamedTuple):
 
 
 def linear_probe(
-    train_vectors: Float[Array | np.ndarray, "train d"],
+    train_vectors: Float[Array | np.ndarray, "..."],
     train_labels: Int[Array | np.ndarray, " labels"],
-    test_vectors: Float[Array | np.ndarray, "test width"],
+    test_vectors: Float[Array | np.ndarray, "..."],
     test_labels: Int[Array | np.ndarray, " answers"],
     *,
     strengths: Sequence[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
@@ -58,8 +60,8 @@ def linear_probe(
 
     **Arguments:**
 
-    - `train_vectors`, `train_labels`: at least two classes, one of them of five rows or more.
-    - `test_vectors`, `test_labels`: a label that does not occur in training is never right.
+    - `train_vectors`, `train_labels`: `[rows, d]` and `[rows]`; at least two classes, one of them of five rows or more.
+    - `test_vectors`, `test_labels`: the same of other rows; a label that does not occur in training is never right.
     - `strengths`: the grid, positive numbers.
     - `seed`: of the rows held out. The same arguments give the same result.
 
@@ -80,10 +82,7 @@ def linear_probe(
         raise ImportError("rx.transfer.linear_probe needs scikit-learn: pip install 'rinsx[vision]'") from error
     train, train_labels = _checked(train_vectors, train_labels, "train")
     test, test_labels = _checked(test_vectors, test_labels, "test")
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(
-            f"vectors must be of one width; got {train.shape[1]} in training and {test.shape[1]} in the test."
-        )
+    check_widths(train_vectors=train, test_vectors=test)
     grid = sorted({float(strength) for strength in strengths}, reverse=True)
     if not grid or not all(0 < strength < np.inf for strength in grid):
         raise ValueError(f"`strengths` must be positive numbers, at least one; got {strengths!r}.")
@@ -119,6 +118,7 @@ def linear_probe(
 
 def _checked(vectors, labels, name: str):
     vectors, labels = np.asarray(vectors, np.float64), np.asarray(labels)
+    check_axes(f"{name}_vectors", vectors, "[rows, d]")
     if labels.shape != vectors.shape[:1] or len(labels) == 0:
         raise ValueError(f"`{name}_labels` must be one for each of {len(vectors)} rows; got the shape {labels.shape}.")
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))

@@ -17,15 +17,16 @@ class Recall(NamedTuple):
 
     **Attributes:**
 
-    - `texts`: for each k, the fraction of images of which one of their texts is among the k best texts.
-    - `images`: for each k, the fraction of texts of which their image is among the k best images.
+    - `image_to_text`: for each k, the fraction of images of which one of their texts is among the k best texts.
+    - `text_to_image`: for each k, the fraction of texts of which their image is among the k best images.
     """
 
-    texts: dict[int, float]
-    images: dict[int, float]
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
 
 
-def classifier(vectors: Float[Array | np.ndarray, "classes templates d"]) -> Float[np.ndarray, "classes d"]:
+# Here and below vectors are annotated without axes: shapes are checked inside, in words.
+def classifier(vectors: Float[Array | np.ndarray, "..."]) -> Float[np.ndarray, "classes d"]:
     """The weights of a zero-shot classifier, from embeddings of the names of classes in several templates, as CLIP makes them
     ([Radford et al.](https://arxiv.org/abs/2103.00020)): unit vectors, their mean over the templates, made a unit vector again.
 
@@ -41,17 +42,19 @@ def classifier(vectors: Float[Array | np.ndarray, "classes templates d"]) -> Flo
 
     **Arguments:**
 
-    - `vectors`: the embeddings, of any length but zero.
+    - `vectors`: the embeddings, `[classes, templates, d]`, of any length but zero.
 
     **Returns:**
 
-    Unit vectors, float32, for [`rinsx.transfer.zero_shot`][].
+    Unit vectors, float32 `[classes, d]`, for [`rinsx.transfer.zero_shot`][].
 
     **Raises:**
 
-    `ValueError` with the number of the class, where an embedding or the mean is zero or not finite.
+    `ValueError` where `vectors` are of another rank, and, with the number of the class, where an embedding or the mean is zero or
+    not finite.
     """
     wide = np.asarray(vectors, np.float64)
+    check_axes("vectors", wide, "[classes, templates, d]; add an axis for one template")
     if 0 in wide.shape[:2]:
         raise ValueError(f"there must be at least one class and one template; got the shape {wide.shape}.")
     mean = np.mean(_unit(wide, "an embedding"), axis=1)
@@ -61,8 +64,8 @@ def classifier(vectors: Float[Array | np.ndarray, "classes templates d"]) -> Flo
 
 
 def zero_shot(
-    images: Float[Array | np.ndarray, "n d"],
-    weights: Float[Array | np.ndarray, "classes d"],
+    images: Float[Array | np.ndarray, "..."],
+    weights: Float[Array | np.ndarray, "..."],
     labels: Int[Array | np.ndarray, " labels"],
     k: int = 1,
 ) -> Bool[np.ndarray, " n"]:
@@ -83,9 +86,9 @@ def zero_shot(
 
     **Arguments:**
 
-    - `images`: their embeddings, taken as they are.
-    - `weights`: a vector for each class, such as [`rinsx.transfer.classifier`][] makes.
-    - `labels`: the right class of each.
+    - `images`: their embeddings, `[n, d]`, taken as they are.
+    - `weights`: a vector for each class, `[classes, d]`, such as [`rinsx.transfer.classifier`][] makes.
+    - `labels`: the right class of each, `[n]`.
     - `k`: how many guesses there are.
 
     **Returns:**
@@ -94,20 +97,24 @@ def zero_shot(
 
     **Raises:**
 
-    `ValueError` where a label is no class, and where `k` is less than 1 or more than the classes.
+    `ValueError` where shapes do not fit each other, where a label is no class, and where `k` is less than 1 or more than the
+    classes.
     """
     images, weights, labels = np.asarray(images), np.asarray(weights), np.asarray(labels)
+    check_axes("images", images, "[n, d]")
+    check_axes("weights", weights, "[classes, d]")
+    check_widths(images=images, weights=weights)
     if labels.shape != images.shape[:1]:
         raise ValueError(f"there must be one label an image, {len(images)}; got the shape {labels.shape}.")
     classes = len(weights)
     _within(labels, classes, "label", "classes")
-    _check_k(k, classes, "classes")
+    check_k(k, classes, "classes")
     return _places(images, weights, labels, np.arange(classes)) <= k
 
 
 def retrieval(
-    images: Float[Array | np.ndarray, "images d"],
-    texts: Float[Array | np.ndarray, "texts d"],
+    images: Float[Array | np.ndarray, "..."],
+    texts: Float[Array | np.ndarray, "..."],
     owners: Int[Array | np.ndarray, " owners"] | None = None,
     at: Sequence[int] = (1, 5, 10),
 ) -> Recall:
@@ -126,13 +133,13 @@ def retrieval(
         images = np.eye(3)
         texts = np.array([[1.0, 0, 0], [0, 1, 0.5], [0, 1, 0], [0, 0.5, 0.4]])
         recall = rx.transfer.retrieval(images, texts, owners=np.array([0, 1, 1, 2]), at=(1, 2))
-        recall.texts  # {1: 2/3, 2: 1.0}: the third image prefers the second text
-        recall.images  # {1: 3/4, 2: 1.0}: the last text prefers the second image
+        recall.image_to_text  # {1: 2/3, 2: 1.0}: the third image prefers the second text
+        recall.text_to_image  # {1: 3/4, 2: 1.0}: the last text prefers the second image
         ```
 
     **Arguments:**
 
-    - `images`, `texts`: their embeddings, taken as they are.
+    - `images`, `texts`: their embeddings, `[images, d]` and `[texts, d]`, taken as they are.
     - `owners`: the image that each text belongs to. Each image has at least one text. By default text `j` belongs to image `j`.
     - `at`: the numbers k.
 
@@ -142,10 +149,13 @@ def retrieval(
 
     **Raises:**
 
-    `ValueError` where a text belongs to no image or an image has no text, and where a k is less than 1 or more than the images
-    or the texts.
+    `ValueError` where shapes do not fit each other, where a text belongs to no image or an image has no text, and where a k is
+    less than 1 or more than the images or the texts.
     """
     images, texts = np.asarray(images), np.asarray(texts)
+    check_axes("images", images, "[images, d]")
+    check_axes("texts", texts, "[texts, d]")
+    check_widths(images=images, texts=texts)
     if owners is None and len(images) != len(texts):
         raise ValueError(
             f"text j belongs to image j unless `owners` says otherwise; got {len(images)} images and {len(texts)} texts."
@@ -160,12 +170,12 @@ def retrieval(
     if len(at) == 0:
         raise ValueError(f"`at` must hold at least one number; got {at!r}.")
     for k in at:
-        _check_k(k, len(texts), "texts")
-        _check_k(k, len(images), "images")
+        check_k(k, len(texts), "texts")
+        check_k(k, len(images), "images")
     ids = np.arange(len(images))
     of_images, of_texts = _places(images, texts, ids, owners), _places(texts, images, owners, ids)
     share = lambda places: {operator.index(k): float(np.mean(places <= k)) for k in at}
-    return Recall(texts=share(of_images), images=share(of_texts))
+    return Recall(image_to_text=share(of_images), text_to_image=share(of_texts))
 
 
 def _places(queries, candidates, wanted, names) -> Int[np.ndarray, " queries"]:
@@ -198,6 +208,18 @@ def _within(numbers, count: int, name: str, of: str) -> None:
         raise ValueError(f"each {name} must be one of the {count} {of}; got {numbers[bad[0]]} at {bad[0]}.")
 
 
-def _check_k(k: int, count: int, of: str) -> None:
+def check_axes(name: str, x: np.ndarray, wanted: str) -> None:
+    """`wanted` begins with the axes in brackets."""
+    if x.ndim != wanted.partition("]")[0].count(",") + 1:
+        raise ValueError(f"`{name}` must be {wanted}; got the shape {x.shape}.")
+
+
+def check_widths(**vectors: np.ndarray) -> None:
+    if len({x.shape[-1] for x in vectors.values()}) > 1:
+        shapes = " and ".join(f"`{name}` of the shape {x.shape}" for name, x in vectors.items())
+        raise ValueError(f"vectors must be of one width, that of the last axis; got {shapes}.")
+
+
+def check_k(k: int, count: int, of: str) -> None:
     if not 1 <= operator.index(k) <= count:
         raise ValueError(f"k must be from 1 to the number of {of}, {count}; got {k}.")
