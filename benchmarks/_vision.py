@@ -131,8 +131,7 @@ def load(setting: Setting) -> Data:
     assert names is not None
     captions = None
     if setting.task == "pairs":
-        texts = [template.replace("{}", name) for name in names for template in TEMPLATES]
-        tokenizer = rx.data.BPE.train(rx.data.documents(texts), setting.vocabulary)
+        tokenizer = rx.data.BPE.train(rx.data.captions_of(whole, TEMPLATES), setting.vocabulary)
         captions = rx.data.Captions(tokenizer, setting.context, templates=TEMPLATES)
     crop = None if setting.crop == 1 else (setting.crop, 1)
     plain = rx.data.Pixels(setting.size)

@@ -138,7 +138,10 @@ def softmax_loss(
         if any(kind != AxisType.Auto for kind in mesh.axis_types):
             raise ValueError(f"the axes of the mesh must be of the type Auto; got {mesh.axis_types}.")
         shared = NamedSharding(mesh, P(mesh.axis_names))
-        keep = lambda x: lax.with_sharding_constraint(x, shared)
+
+        def keep(x) -> Array:
+            return lax.with_sharding_constraint(x, shared)
+
         images, texts, weights = keep(images), keep(texts), keep(weights)
     n, dtype = images.shape[0], images.dtype
     scale = jnp.asarray(scale, jnp.float32)
