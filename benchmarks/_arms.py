@@ -294,11 +294,64 @@ def identity(arm: Arm, setting: Setting, seed: int, rate: float, fingerprint: st
 
 
 @ft.cache
-def optimizer(setting: Setting, rate: float):
+def optimizer(setting: Any, rate: float):
     """Muon on matrices and AdamW on the rest, or AdamW on all; the learning rate follows the FLOPs spent. One for
     all seeds of an arm, so that they share a compiled program."""
     schedule = rx.train.cosine(rate, warmup=0.05, floor=0.05)
     return {"muon": rx.train.muon, "adamw": rx.train.adamw}[setting.optimizer](schedule)
+
+
+def fit(
+    arm: Any,
+    setting: Any,
+    model: Any,
+    loss: Any,
+    batches: Any,
+    evaluate: Any,
+    *,
+    steps: int,
+    seed: int,
+    rate: float,
+    mesh: Any,
+    most_per_call: int,
+    logs: list[Any],
+    metrics: pathlib.Path,
+    checkpoints: pathlib.Path | None,
+    every: int,
+) -> rx.train.Run:
+    """Trains an arm of this comparison, or of that on images, at the depths that it is trained at."""
+    depth: dict[str, Any] = {}
+    if arm.stochastic:
+        depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
+    elif arm.rounds is not None:
+        depth = {"r": arm.rounds}
+    every_points = max(steps // setting.points, 1)
+    # On disk, so that a run that goes on from a checkpoint has the whole curve.
+    lines = rx.train.JsonLines(metrics)
+    store = None
+    if checkpoints is not None:
+        store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
+    run = rx.train.fit(
+        model,
+        loss,
+        batches,
+        optimizer(setting, rate),
+        steps=steps,
+        key=jr.key(2000 + seed),
+        depth=depth,
+        steps_per_call=max(min(most_per_call, every_points), 1),
+        evaluate=evaluate,
+        evaluate_every=every_points,
+        checkpoints=store,
+        logs=[lines, *logs],
+        mesh=mesh,
+    )
+    lines.close()
+    if store is not None:
+        store.close()
+    if run.stopped:
+        raise SystemExit(f"stopped by {run.stopped}; start again to continue")
+    return run
 
 
 def train(
@@ -324,44 +377,30 @@ def train(
     mesh = rx.train.mesh(setting.shards) if jax.device_count() > 1 else None
     if mesh is not None:
         model = rx.train.place(model, mesh)
-    depth = {}
-    if arm.stochastic:
-        depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
-    elif arm.rounds is not None:
-        depth = {"r": arm.rounds}
     at = None if arm.rounds is None else (arm.rounds,)
     evaluator = Evaluator(data.tune if tuning else data.report, setting.windows)
-    every_points = max(steps // setting.points, 1)
 
     def evaluate(model):
         ((nats, size),) = evaluator(model, at, few=8).values()
         return {"bits_per_byte": bits_per_byte(nats, size)}
 
-    # On disk, so that a run that goes on from a checkpoint has the whole curve.
-    lines = rx.train.JsonLines(metrics)
-    store = None
-    if checkpoints is not None:
-        store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
-    run = rx.train.fit(
+    run = fit(
+        arm,
+        setting,
         model,
         loss,
         rx.data.batches(data.train, setting.batch, seed=seed),
-        optimizer(setting, rate),
+        evaluate,
         steps=steps,
-        key=jr.key(2000 + seed),
-        depth=depth,
-        steps_per_call=max(min(50, every_points), 1),
-        evaluate=evaluate,
-        evaluate_every=every_points,
-        checkpoints=store,
-        logs=[lines, *logs],
+        seed=seed,
+        rate=rate,
         mesh=mesh,
+        most_per_call=50,
+        logs=logs,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        every=every,
     )
-    lines.close()
-    if store is not None:
-        store.close()
-    if run.stopped:
-        raise SystemExit(f"stopped by {run.stopped}; start again to continue")
     trained = time.perf_counter() - begin
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from _arms import curve_of
+from _arms import curve_of, fit
 
 import rinsx as rx
 
@@ -212,13 +212,6 @@ def identity(arm: Arm, setting: Setting, seed: int, rate: float, steps: int, tun
     return hashlib.sha256(json.dumps([told, versions], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@ft.cache
-def optimizer(name: str, rate: float) -> Any:
-    """One for all seeds of an arm, so that they share a compiled program."""
-    schedule = rx.train.cosine(rate, warmup=0.05, floor=0.05)
-    return {"muon": rx.train.muon, "adamw": rx.train.adamw}[name](schedule)
-
-
 def train(
     arm: Arm,
     setting: Setting,
@@ -243,46 +236,33 @@ def train(
     if mesh is not None:
         model = rx.train.place(model, mesh)
         loss = loss if setting.task == "classes" else ft.partial(loss, mesh=mesh)
-    depth: dict[str, Any] = {}
-    if arm.stochastic:
-        depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
-    elif arm.rounds is not None:
-        depth = {"r": arm.rounds}
     at = None if arm.rounds is None else (arm.rounds,)
     pairs = data.tune if tuning else data.report
     # On a part, evenly spaced, so that the curve costs little.
     part = pairs.subset(np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), _FEW)).astype(int)))
-    every_points = max(steps // setting.points, 1)
     before = data.train.counts
 
     def evaluate(model):
         (found,) = correct(model, setting, data, part, at, mesh).values()
         return {"accuracy": float(found.mean())}
 
-    lines = rx.train.JsonLines(metrics)
-    store = None
-    if checkpoints is not None:
-        store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
-    run = rx.train.fit(
+    run = fit(
+        arm,
+        setting,
         model,
         loss,
         rx.data.batches(data.train, setting.batch, seed=seed, prefetch=prefetch),
-        optimizer(setting.optimizer, rate),
+        evaluate,
         steps=steps,
-        key=jr.key(2000 + seed),
-        depth=depth,
-        steps_per_call=max(min(20, every_points), 1),
-        evaluate=evaluate,
-        evaluate_every=every_points,
-        checkpoints=store,
-        logs=[lines, *logs],
+        seed=seed,
+        rate=rate,
         mesh=mesh,
+        most_per_call=20,
+        logs=logs,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        every=every,
     )
-    lines.close()
-    if store is not None:
-        store.close()
-    if run.stopped:
-        raise SystemExit(f"stopped by {run.stopped}; start again to continue")
     depths = at if tuning or arm.rounds is None else tuple(sorted({*setting.depths, arm.rounds}))
     found = correct(run.model, setting, data, pairs, depths, mesh)
     counts = {kind: n - before.get(kind, 0) for kind, n in data.train.counts.items()}

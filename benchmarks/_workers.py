@@ -1,5 +1,6 @@
 """Runs of a comparison, handed out to processes: each on one core, each run on disk once it is done."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -105,6 +106,42 @@ class Worker:
 #
 # The parent: hands out jobs, shows progress.
 #
+
+
+def jobs_of(
+    options: Any, setting: Any, arms: list[Any], planned: Any, rates: dict[str, float], identity: Any, **more: Any
+) -> list[dict[str, Any]]:
+    """All runs of a comparison, or of a sweep of learning rates: those of one arm together.
+
+    **Arguments:**
+
+    - `rates`: the learning rate of each arm; of no use where a grid of them is swept.
+    - `identity`: `(arm, seed, rate, steps) -> name`. The steps belong to it, since they follow from the baseline.
+    - `more`: entries of every job.
+    """
+    jobs = []
+    for arm in arms:
+        row = {"steps": planned[arm.name].steps, "total": float(planned[arm.name].total)}
+        for rate in options.grid if options.tune else [rates[arm.name]]:
+            for seed in range(1 if options.tune else options.seeds):
+                name = identity(arm, seed, rate, row["steps"])
+                folder = None if options.save_every is None else str((options.output / "checkpoints" / name).resolve())
+                jobs.append(
+                    {
+                        "arm": dataclasses.asdict(arm),
+                        "setting": dataclasses.asdict(setting),
+                        "row": row,
+                        "seed": seed,
+                        "rate": rate,
+                        "metrics": str((options.output / "metrics" / f"{name}.jsonl").resolve()),
+                        "checkpoints": folder,
+                        "every": options.save_every or 1000,
+                        "tuning": options.tune,
+                        "name": name,
+                        **more,
+                    }
+                )
+    return jobs
 
 
 def run_all(

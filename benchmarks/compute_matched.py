@@ -166,30 +166,8 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
     planned = plan(arms, setting)
     fingerprint = load(setting).fingerprint
     found = rates(options, setting, [a.name for a in arms]) if not options.tune else {}
-    jobs = []
-    for a in arms:
-        row = {"steps": planned[a.name].steps, "total": float(planned[a.name].total)}
-        for rate in options.grid if options.tune else [found[a.name]]:
-            for seed in range(1 if options.tune else options.seeds):
-                # The steps too: they follow from the baseline.
-                name = identity(a, setting, seed, rate, f"{fingerprint} {options.tune} {row['steps']}")
-                folder = None if options.save_every is None else str((options.output / "checkpoints" / name).resolve())
-                jobs.append(
-                    {
-                        "arm": dataclasses.asdict(a),
-                        "setting": dataclasses.asdict(setting),
-                        "row": row,
-                        "seed": seed,
-                        "rate": rate,
-                        "metrics": str((options.output / "metrics" / f"{name}.jsonl").resolve()),
-                        "checkpoints": folder,
-                        "every": options.save_every or 1000,
-                        "tuning": options.tune,
-                        "keep": None,
-                        "name": name,
-                    }
-                )
-    return arms, planned, jobs
+    name = lambda a, seed, rate, steps: identity(a, setting, seed, rate, f"{fingerprint} {options.tune} {steps}")
+    return arms, planned, _workers.jobs_of(options, setting, arms, planned, found, name, keep=None)
 
 
 def main() -> None:

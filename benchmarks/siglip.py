@@ -158,29 +158,8 @@ def jobs_of(options: Options, setting: Any, arms: list[Any], planned: Any) -> li
     from _vision import identity
 
     found = {} if options.tune else rates(options, setting, [arm.name for arm in arms])
-    jobs = []
-    for arm in arms:
-        row = {"steps": planned[arm.name].steps, "total": float(planned[arm.name].total)}
-        for rate in options.grid if options.tune else [found[arm.name]]:
-            for seed in range(1 if options.tune else options.seeds):
-                name = identity(arm, setting, seed, rate, row["steps"], options.tune)
-                folder = None if options.save_every is None else str((options.output / "checkpoints" / name).resolve())
-                jobs.append(
-                    {
-                        "arm": dataclasses.asdict(arm),
-                        "setting": dataclasses.asdict(setting),
-                        "row": row,
-                        "seed": seed,
-                        "rate": rate,
-                        "metrics": str((options.output / "metrics" / f"{name}.jsonl").resolve()),
-                        "checkpoints": folder,
-                        "every": options.save_every or 1000,
-                        "prefetch": options.prefetch,
-                        "tuning": options.tune,
-                        "name": name,
-                    }
-                )
-    return jobs
+    name = lambda arm, seed, rate, steps: identity(arm, setting, seed, rate, steps, options.tune)
+    return _workers.jobs_of(options, setting, arms, planned, found, name, prefetch=options.prefetch)
 
 
 def work() -> None:
