@@ -174,7 +174,8 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     if elsewhere:
         parts.append(markdown(["arm", "elsewhere, bits/byte", f"less {names[0]}"], elsewhere))
     (options.output / "results.md").write_text("\n\n".join([*parts, "\n".join(lines)]) + "\n", "utf-8")
-    plot(options.output / "loss.png", names, by_arm, visible)
+    seen = _number(visible, ".4f")
+    plot(options.output / "loss.png", names, by_arm, seen, ylabel="held-out bits per byte", xscale="log")
 
 
 def record_of(setting: Any, planned: Any, results: list[Any], wall: float) -> dict[str, Any]:
@@ -245,8 +246,20 @@ def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> No
     (options.output / "tuned.json").write_text(json.dumps({"sweeps": [sweep]}, indent=1), "utf-8")
 
 
-def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: float) -> None:
-    """Loss against training FLOPs, one line an arm: the mean over seeds."""
+def plot(
+    path: Any,
+    names: list[str],
+    by_arm: dict[str, list[Any]],
+    visible: str,
+    *,
+    ylabel: str,
+    xscale: str = "linear",
+    factor: float = 1,
+) -> None:
+    """What was evaluated on the way, times `factor`, against training FLOPs, one line an arm: the mean over seeds.
+
+    `visible` is the smallest visible difference, or empty where there is none.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -256,13 +269,10 @@ def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: flo
         step = curves[0][:, 0]
         flops = step / step[-1] * by_arm[name][0]["flops"]
         label = f"{name}  {MEANINGS.get(name, '')}"
-        axes.plot(
-            flops, np.mean([c[:, 1] for c in curves], axis=0), marker="o", markersize=3, linewidth=1.2, label=label
-        )
-    axes.set(
-        xlabel="training FLOPs (contractions, forward and backward)", ylabel="held-out bits per byte", xscale="log"
-    )
-    title = "equal training FLOPs" + ("" if math.isnan(visible) else f"; smallest visible difference {visible:.4f}")
+        mean = factor * np.mean([c[:, 1] for c in curves], axis=0)
+        axes.plot(flops, mean, marker="o", markersize=3, linewidth=1.2, label=label)
+    axes.set(xlabel="training FLOPs (contractions, forward and backward)", ylabel=ylabel, xscale=xscale)
+    title = "equal training FLOPs" + (f"; smallest visible difference {visible}" if visible else "")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

@@ -6,9 +6,8 @@ import sys
 from _statistics import differences, residual, smallest_visible
 from typing import Any
 
-import matplotlib
 import numpy as np
-from _report import ends, hardware, markdown, minutes, rich_table
+from _report import ends, hardware, markdown, minutes, plot, rich_table
 from rich.console import Console
 
 
@@ -123,7 +122,8 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     (options.output / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
     parts = [markdown(header, rows), markdown(by_depth, depth_rows), "\n".join(lines)]
     (options.output / "results.md").write_text("\n\n".join(parts) + "\n", "utf-8")
-    plot(options.output / "accuracy.png", names, by_arm, visible)
+    seen = "" if math.isnan(visible) else f"{visible:.2f}"
+    plot(options.output / "accuracy.png", names, by_arm, seen, ylabel="held-out accuracy, % (of a part)", factor=100)
 
 
 def tuned(options: Any, setting: Any, arms: list[Any], planned: Any, results: list[Any], wall: float) -> None:
@@ -148,25 +148,3 @@ def tuned(options: Any, setting: Any, arms: list[Any], planned: Any, results: li
         "interior": not edges,
     }
     (options.output / "tuned_vision.json").write_text(json.dumps({"sweeps": [sweep]}, indent=1), "utf-8")
-
-
-def plot(path: Any, names: list[str], by_arm: dict[str, list[Any]], visible: float) -> None:
-    """Accuracy against training FLOPs, one line an arm: the mean over seeds."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for name in names:
-        curves = [np.array(r["curve"]) for r in by_arm[name]]
-        step = curves[0][:, 0]
-        flops = step / step[-1] * by_arm[name][0]["flops"]
-        axes.plot(flops, 100 * np.mean([c[:, 1] for c in curves], axis=0), marker="o", markersize=3, label=name)
-    axes.set(xlabel="training FLOPs (contractions, forward and backward)", ylabel="held-out accuracy, % (of a part)")
-    axes.set_title(
-        "equal training FLOPs" + ("" if math.isnan(visible) else f"; smallest visible difference {visible:.2f}"),
-        fontsize=10,
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
