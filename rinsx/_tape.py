@@ -2,8 +2,10 @@
 
 Forward, it is a `while` loop. In reverse mode, one `custom_vjp` stands around the whole loop with everything nested in
 it. Its forward pass writes the state before each visit to a tape, one slot a visit; its backward pass walks the same
-program from the end, reads the state, and computes the visit again with its pullback. So a gradient costs what the
-static rematerialised form costs, at any degree of nesting, and its memory is that of the saved states.
+program from the end, reads the state, and computes the visit again with its pullback. The last visit stands behind the
+`while` loop, and keeps its pullback: the way back begins with it, so nothing is gained by computing it again. So a gradient
+costs what the static rematerialised form costs less one visit forwards, at any degree of nesting, and its memory is that
+of the saved states and of what one visit stores.
 
 A slot is the place of a visit in the program: strides come from the maxima, so that no slot moves with the rounds.
 """
@@ -50,12 +52,12 @@ def run(node: Rounds, state: PyTree, place: Place, env: Env) -> PyTree:
 @eqx.filter_custom_vjp
 def _taped(diff, node, place):
     env, state = diff
-    return _forward(node, (state, None), place, _in_range(env, taped=False))[0]
+    (state, _), _ = _forward(node, (state, None), place, _in_range(env, taped=False))
+    return state
 
 
 @_taped.def_fwd
 def _taped_fwd(perturbed, diff, node, place):
-    del perturbed
     env, state = diff
     env = _in_range(env, taped=True)
     start = dataclasses.replace(place, slot=0)
@@ -63,20 +65,28 @@ def _taped_fwd(perturbed, diff, node, place):
     # sharding of the state, and works for PRNG keys.
     slots = max(_slots(node, env), 1)
     tape = jtu.tree_map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), state)
-    state, tape = _forward(node, (state, tape), start, env)
-    return state, tape
+    (state, tape), pull = _forward(node, (state, tape), start, env, keep=_Halves(*eqx.partition(env, perturbed[0])))
+    return state, (tape, pull)
 
 
 @_taped.def_bwd
-def _taped_bwd(tape, grad, perturbed, diff, node, place):
+def _taped_bwd(residuals, grad, perturbed, diff, node, place):
+    tape, pull = residuals
     env, state = diff
-    env_diff, env_rest = eqx.partition(env, perturbed[0])
+    halves = _Halves(*eqx.partition(env, perturbed[0]))
     zero = lambda x, g: jnp.zeros_like(x) if g is None and x is not None else g
     grad = jtu.tree_map(zero, inexact(state), grad, is_leaf=lambda x: x is None)
     start = dataclasses.replace(place, slot=0)
-    zeros = jtu.tree_map(jnp.zeros_like, env_diff)
-    grad, grads, _ = _backward(node, grad, zeros, start, _Walk(env_diff, env_rest, tape), None)
+    zeros = jtu.tree_map(jnp.zeros_like, halves.diff)
+    grad, grads, _ = _backward(node, grad, zeros, start, _Walk(halves, tape), None, pull)
     return grads, grad
+
+
+class _Halves(eqx.Module):
+    """The differentiated and the other half of the environment."""
+
+    diff: Env
+    rest: Env
 
 
 #
@@ -84,48 +94,67 @@ def _taped_bwd(tape, grad, perturbed, diff, node, place):
 #
 
 
-def _forward(node: Program, carry: tuple[PyTree, PyTree], place: Place, env: Env, opening: Opening | None = None):
-    """The state after `node`, and the tape with the states before each of its visits, if there is a tape."""
+def _forward(
+    node: Program,
+    carry: tuple[PyTree, PyTree],
+    place: Place,
+    env: Env,
+    opening: Opening | None = None,
+    keep: _Halves | None = None,
+):
+    """The state after `node`, and the tape with the states before each of its visits, if there is a tape.
+
+    With `keep`, the last visit is not recorded: its pullback is returned too, unless `node` may be of no visits.
+    """
     if isinstance(node, Visit):
         state, tape = carry
-        return apply(node, state, place, env, opening), _write(tape, place.slot, state)
+        if keep is None:
+            return (apply(node, state, place, env, opening), _write(tape, place.slot, state)), None
+        state, pull = _visit(node, state, place, keep, opening)
+        return (state, tape), pull
     if isinstance(node, Seq):
-        for part in node.parts:
-            carry = _forward(part, carry, place, env, opening)
+        pull = None
+        for i, part in enumerate(node.parts, start=1):
+            carry, pull = _forward(part, carry, place, env, opening, keep if i == len(node.parts) else None)
             place = _after(part, place, env, carry[1] is not None)
             opening = None
-        return carry
+        return carry, pull
 
     state, tape = carry
     loop = loop_of(node, env)
     total, kept = _kept(node, env)
     each = tally(node.body, env)
     inside = place.entered(node.loop)
-    entry = state
+    entry = without_cache(state) if _keeps_entry(node, env) else None
     if tape is None:
         kept, slots = total - node.first, 0
     else:
         slots = _slots(node.body, env)
-        if _keeps_entry(node, env):
-            tape = _write(tape, place.slot, entry)
+        if entry is not None:
+            tape = _write(tape, place.slot, state)
             inside = _skip(inside, 1)
     if node.first == 0:
         state = begin(node.loop, state, place, env)
-    entry = without_cache(entry)
 
-    def one(carry, i):
+    def one(carry, i, keep=None):
         opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
         at = in_round(inside.after(each, i - node.first, (i - (total - kept)) * slots), node, env, i)
-        return _forward(node.body, carry, at, env, opening)
+        return _forward(node.body, carry, at, env, opening, keep)
 
-    last = last_of(node, env)
-    if tape is None or last is None:
-        state, tape = _repeat(node, env, node.first, total, one, (state, tape), trips_of(node, env))
-        return finish(state, place, node, env, total), tape
-    # Early rounds leave no trace: they run without the tape.
-    state, _ = _repeat(node, env, node.first, total - kept, one, (state, None), trips_of(node, env, minus=last))
-    state, tape = _repeat(node, env, total - kept, total, one, (state, tape), trips_of(node, env, most=last))
-    return finish(state, place, node, env, total), tape
+    # Of rounds of which the host model runs the first, there may be none.
+    apart = keep is not None and (total > node.first if isinstance(total, int) else node.first == 0)
+    low, last = node.first, last_of(node, env)
+    if tape is not None and last is not None:
+        # Early rounds leave no trace: they run without the tape.
+        low = total - kept
+        early = trips_of(node, env, minus=last)
+        state, _ = _repeat(node, env, node.first, low, lambda *at: one(*at)[0], (state, None), early)
+    carry = state, tape
+    if last is None or last > apart:
+        taped = _recorded(node, env, apart) if tape is not None else trips_of(node, env)
+        carry = _repeat(node, env, low, total - apart, lambda *at: one(*at)[0], carry, taped)
+    (state, tape), pull = one(carry, total - 1, keep) if apart else (carry, None)
+    return (finish(state, place, node, env, total), tape), pull
 
 
 #
@@ -134,26 +163,29 @@ def _forward(node: Program, carry: tuple[PyTree, PyTree], place: Place, env: Env
 
 
 class _Walk(eqx.Module):
-    """What the way back works with: the differentiated and the other half of the environment, and the tape."""
+    """What the way back works with: the environment and the tape."""
 
-    diff: Env
-    rest: Env
+    halves: _Halves
     tape: PyTree
 
     def env(self) -> Env:
-        return eqx.combine(self.diff, self.rest)
+        return eqx.combine(self.halves.diff, self.halves.rest)
 
 
-def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, opening: Opening | None):
-    """Undoes `node`: the gradient of its input state, of the environment, and of the loop input that `opening` injects."""
+def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, opening: Opening | None, pull: Any = None):
+    """Undoes `node`: the gradient of its input state, of the environment, and of the loop input that `opening` injects.
+
+    The last visit's pullback is `pull`, if it was kept.
+    """
     if isinstance(node, Visit):
-        return _backward_visit(node, grad, grads, place, walk, opening)
+        return _backward_visit(node, grad, grads, place, walk, opening, pull)
     if isinstance(node, Seq):
         places = [place]
         for part in node.parts[:-1]:
             places.append(_after(part, places[-1], walk.env(), True))
         for part, at in zip(node.parts[:0:-1], places[:0:-1]):
-            grad, grads, _ = _backward(part, grad, grads, at, walk, None)
+            grad, grads, _ = _backward(part, grad, grads, at, walk, None, pull)
+            pull = None
         return _backward(node.parts[0], grad, grads, place, walk, opening)
 
     env = walk.env()
@@ -166,50 +198,71 @@ def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, openin
         entry = _read(walk.tape, place.slot)
         inside = _skip(inside, 1)
 
-    def one(carry, j):
+    def one(carry, j, pull=None):
         grad, grads, grad_entry = carry
         i = total - 1 - j
         at = in_round(inside.after(each, i - node.first, (kept - 1 - j) * slots), node, env, i)
         opening = Opening(node.loop, i, entry) if opens(loop) else None  # pyright: ignore[reportArgumentType]
-        grad, grads, more = _backward(node.body, grad, grads, at, walk, opening)
+        grad, grads, more = _backward(node.body, grad, grads, at, walk, opening, pull)
         return grad, grads, _add(grad_entry, more)
 
     last = last_of(node, env)
     grad_entry = None if entry is None else jtu.tree_map(jnp.zeros_like, inexact(entry))
-    carry = _repeat(node, env, 0, kept, one, (grad, grads, grad_entry), trips_of(node, env, most=last))
+    carry = grad, grads, grad_entry
+    apart = pull is not None
+    if apart:
+        carry = one(carry, 0, pull)
+    if last is None or last > apart:
+        carry = _repeat(node, env, int(apart), kept, one, carry, _recorded(node, env, apart))
     grad, grads, grad_entry = carry
     if last is not None:
         cut = total > last
         grad = jtu.tree_map(lambda g: jnp.where(cut, jnp.zeros_like(g), g), grad)
     number = node.loop
     if number is not None and node.first == 0 and has_start(loop):
+        halves = walk.halves
         given, kept_as = eqx.partition(entry, eqx.is_inexact_array)
 
         def start(part, given):
-            env = _with_loop(walk.rest, number, eqx.combine(part, walk.rest.loops[number]))
+            env = _with_loop(halves.rest, number, eqx.combine(part, halves.rest.loops[number]))
             return inexact(begin(number, eqx.combine(given, kept_as), place, env))
 
-        _, pull = jax.vjp(start, walk.diff.loops[number], given)
+        _, pull = jax.vjp(start, halves.diff.loops[number], given)
         part, grad = pull(grad)
         grads = _with_loop(grads, number, _add(grads.loops[number], part))
     return _add(grad, grad_entry), grads, None
 
 
-def _backward_visit(node: Visit, grad, grads: Env, place: Place, walk: _Walk, opening: Opening | None):
-    given, kept_as = eqx.partition(_read(walk.tape, place.slot), eqx.is_inexact_array)
+def _backward_visit(node: Visit, grad, grads: Env, place: Place, walk: _Walk, opening: Opening | None, pull: Any):
+    if pull is None:
+        with jax.named_scope("rematted_computation"):
+            _, pull = _visit(node, _read(walk.tape, place.slot), place, walk.halves, opening)
+    (of_block, of_loop, of_side), grad, grad_entry = pull(grad)
+    if node.block is not None:
+        grads = _with_block(grads, node.block, _add(grads.blocks[node.block], of_block))
+    if opening is not None:
+        grads = _with_loop(grads, opening.loop, _add(grads.loops[opening.loop], of_loop))
+    args, kwargs = _add((grads.args, grads.kwargs), of_side)
+    return grad, dataclasses.replace(grads, args=args, kwargs=kwargs), grad_entry
+
+
+def _visit(node: Visit, state: PyTree, place: Place, halves: _Halves, opening: Opening | None):
+    """The state after a visit, and its pullback: to what it uses of the environment, its state, and the loop's input."""
+    given, kept_as = eqx.partition(state, eqx.is_inexact_array)
     entry = entry_kept = None
     if opening is not None:
         entry, entry_kept = eqx.partition(opening.entry, eqx.is_inexact_array)
     block, loop = node.block, None if opening is None else opening.loop
+    diff, rest = halves.diff, halves.rest
     # Only what this visit uses is differentiated with it.
     parts = (
-        None if block is None else walk.diff.blocks[block],
-        None if loop is None else walk.diff.loops[loop],
-        (walk.diff.args, walk.diff.kwargs),
+        None if block is None else diff.blocks[block],
+        None if loop is None else diff.loops[loop],
+        (diff.args, diff.kwargs),
     )
 
     def visit(parts, given, entry):
-        env = walk.rest
+        env = rest
         if block is not None:
             env = _with_block(env, block, eqx.combine(parts[0], env.blocks[block]))
         if loop is not None:
@@ -217,17 +270,10 @@ def _backward_visit(node: Visit, grad, grads: Env, place: Place, walk: _Walk, op
         args, kwargs = eqx.combine(parts[2], (env.args, env.kwargs))
         env = dataclasses.replace(env, args=args, kwargs=kwargs)
         again = None if opening is None else opening._replace(entry=eqx.combine(entry, entry_kept))
-        return inexact(apply(node, eqx.combine(given, kept_as), place, env, again))
+        return eqx.partition(apply(node, eqx.combine(given, kept_as), place, env, again), eqx.is_inexact_array)
 
-    with jax.named_scope("rematted_computation"):
-        _, pull = jax.vjp(visit, parts, given, entry)
-    (of_block, of_loop, of_side), grad, grad_entry = pull(grad)
-    if block is not None:
-        grads = _with_block(grads, block, _add(grads.blocks[block], of_block))
-    if loop is not None:
-        grads = _with_loop(grads, loop, _add(grads.loops[loop], of_loop))
-    args, kwargs = _add((grads.args, grads.kwargs), of_side)
-    return grad, dataclasses.replace(grads, args=args, kwargs=kwargs), grad_entry
+    after, pull, others = jax.vjp(visit, parts, given, entry, has_aux=True)
+    return eqx.combine(after, others), pull
 
 
 def _with_block(env: Env, number: int, value: Any) -> Env:
@@ -256,15 +302,23 @@ def trips_of(node: Rounds, env: Env, minus: int = 0, most: int | None = None):
     return trips(name or "rounds", minus=node.first + minus, most=most)
 
 
+def _recorded(node: Rounds, env: Env, apart: bool):
+    """Declares the rounds that are recorded on the tape: without the last, if it stands `apart`."""
+    last = last_of(node, env)
+    return trips_of(node, env, minus=int(apart), most=None if last is None else last - apart)
+
+
 def _repeat(node: Rounds, env: Env, low: Count, high: Count, one: Callable, carry: PyTree, declared) -> PyTree:
     """`carry = one(carry, i)` for `low <= i < high`, as a `scan` where both are known and as a `while` where not."""
     loop = loop_of(node, env)
     if isinstance(low, int) and isinstance(high, int):
+        if high <= low:
+            return carry
         if loop is not None and loop.unroll:
             for i in range(low, high):
                 carry = one(carry, i)
             return carry
-        return lax.scan(lambda c, i: (one(c, i), None), carry, jnp.arange(low, max(low, high), dtype=jnp.int32))[0]
+        return lax.scan(lambda c, i: (one(c, i), None), carry, jnp.arange(low, high, dtype=jnp.int32))[0]
     with declared:
         return lax.fori_loop(low, high, lambda i, c: one(c, i), carry)
 
@@ -280,7 +334,7 @@ def _kept(node: Rounds, env: Env) -> tuple[Count, Count]:
 
 
 def _keeps_entry(node: Rounds, env: Env) -> bool:
-    """Whether the way back needs the state that the loop was entered with."""
+    """Whether rounds, and the way back, need the state that the loop was entered with."""
     loop = loop_of(node, env)
     return loop is not None and node.first == 0 and has_start(loop)
 
