@@ -215,37 +215,6 @@ def scale(setting: Any, results: list[Any], claim: str = PAPER) -> str:
     )
 
 
-def tuned(options: Any, setting: Any, arms: list[Any], results: list[Any]) -> None:
-    """Prints and writes a sweep of learning rates."""
-    table = {
-        arm.name: {r["learning_rate"]: r["bits_per_byte"] for r in results if r["arm"] == arm.name} for arm in arms
-    }
-    grid = sorted(options.grid)
-    rows, best, edges = [], {}, []
-    for name, losses in table.items():
-        best[name] = min(losses, key=lambda rate: losses[rate])
-        if best[name] in (grid[0], grid[-1]):
-            edges.append(name)
-        rows.append([name, *(f"{losses[rate]:.4f}{'*' if rate == best[name] else ''}" for rate in grid)])
-    Console().print(
-        rich_table("Bits per byte by learning rate (* best)", ["arm", *(f"{rate:g}" for rate in grid)], rows)
-    )
-    if edges:
-        print(f"the best of {', '.join(edges)} is at an end of the grid: widen --grid")
-    sweep = {
-        **{
-            name: getattr(setting, name)
-            for name in ("optimizer", "width", "layers", "heads", "length", "batch", "tokens")
-        },
-        "corpus": ends(setting.corpus) or ["standard library"],
-        "machine": hardware(),
-        "losses": {name: {f"{rate:g}": losses[rate] for rate in grid} for name, losses in table.items()},
-        "best": best,
-        "interior": not edges,
-    }
-    (options.output / "tuned.json").write_text(json.dumps({"sweeps": [sweep]}, indent=1), "utf-8")
-
-
 def plot(
     path: Any,
     names: list[str],

@@ -124,27 +124,3 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     (options.output / "results.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     seen = "" if math.isnan(visible) else f"{visible:.2f}"
     plot(options.output / "accuracy.png", names, by_arm, seen, ylabel="held-out accuracy, % (of a part)", factor=100)
-
-
-def tuned(options: Any, setting: Any, arms: list[Any], planned: Any, results: list[Any], wall: float) -> None:
-    """Prints and writes a sweep of learning rates."""
-    grid = sorted(options.grid)
-    table = {arm.name: {r["learning_rate"]: r["accuracy"] for r in results if r["arm"] == arm.name} for arm in arms}
-    best = {name: max(found, key=lambda rate: found[rate]) for name, found in table.items()}
-    edges = [name for name, rate in best.items() if rate in (grid[0], grid[-1])]
-    star = lambda name, rate: "*" if rate == best[name] else ""
-    rows = [[name, *(f"{100 * found[rate]:.2f}{star(name, rate)}" for rate in grid)] for name, found in table.items()]
-    console = Console()
-    console.print(rich_table("Accuracy by learning rate, % (* best)", ["arm", *(f"{rate:g}" for rate in grid)], rows))
-    if edges:
-        print(f"the best of {', '.join(edges)} is at an end of the grid: widen --grid")
-    names = ("task", "optimizer", "size", "patch", "width", "layers", "heads", "batch", "images")
-    sweep = {
-        **{name: getattr(setting, name) for name in names},
-        "data": ends(setting.train) or ["scikit-learn's digits"],
-        "machine": hardware(),
-        "accuracies": {name: {f"{rate:g}": found[rate] for rate in grid} for name, found in table.items()},
-        "best": best,
-        "interior": not edges,
-    }
-    (options.output / "tuned_vision.json").write_text(json.dumps({"sweeps": [sweep]}, indent=1), "utf-8")

@@ -8,7 +8,6 @@ what is there is not computed again.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -17,10 +16,21 @@ from typing import Any, Literal
 
 import _workers
 import tyro
+from _rates import Sweeps
 
 
 SCRIPT = pathlib.Path(__file__)
-TUNED = SCRIPT.parent / "tuned.json"
+SWEEPS = Sweeps(
+    SCRIPT.parent / "tuned.json",
+    same=("optimizer",),
+    near=("width", "layers", "length", "batch", "tokens"),
+    shape=("heads",),
+    metric="bits_per_byte",
+    plural="losses",
+    title="Bits per byte",
+    best=min,
+    show="{:.4f}".format,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,26 +124,6 @@ def setting_of(options: Options):
     return Setting(**{**same, **shape, **paths, "cache": str((options.output / "tokens").resolve())})
 
 
-def rates(options: Options, setting: Any, names: list[str]) -> dict[str, float]:
-    """The learning rate of each arm: as asked, or as tuned for the nearest shapes."""
-    if options.learning_rate is not None:
-        return dict.fromkeys(names, options.learning_rate)
-    own = options.output / "tuned.json"
-    tuned = json.loads((own if own.exists() else TUNED).read_text("utf-8"))
-    sweeps = [sweep for sweep in tuned["sweeps"] if sweep["optimizer"] == setting.optimizer]
-    if not sweeps:
-        raise SystemExit(
-            f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune first"
-        )
-    near = min(sweeps, key=lambda sweep: (abs(sweep["width"] - setting.width), abs(sweep["layers"] - setting.layers)))
-    if any(near[name] != getattr(setting, name) for name in ("width", "layers", "length", "batch", "tokens")):
-        shown = {name: near[name] for name in ("width", "layers", "length", "batch", "tokens")}
-        print(f"learning rates were tuned at {shown}, not at these shapes: --tune does it for these")
-    usual = sorted(near["best"].values())[len(near["best"]) // 2]
-    # An arm with a policy learns at the rate of the arm that shares nothing.
-    return {name: near["best"].get(name, near["best"].get(name.partition(", ")[0], usual)) for name in names}
-
-
 def work() -> None:
     """Trains what the parent says."""
     _workers.pin()
@@ -165,7 +155,7 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
     arms = [arm(text) for text in dict.fromkeys(options.arms)]
     planned = plan(arms, setting)
     fingerprint = load(setting).fingerprint
-    found = rates(options, setting, [a.name for a in arms]) if not options.tune else {}
+    found = SWEEPS.rates(options, setting, [a.name for a in arms]) if not options.tune else {}
     name = lambda a, seed, rate, steps: identity(a, setting, seed, rate, f"{fingerprint} {options.tune} {steps}")
     return arms, planned, _workers.jobs_of(options, setting, arms, planned, found, name, keep=None)
 
@@ -188,7 +178,7 @@ def main() -> None:
     with _report.Live() as show:
         results = _workers.run_all(SCRIPT, options.output / "runs", jobs, show, options.workers)
     if options.tune:
-        _report.tuned(options, setting, arms, results)
+        SWEEPS.tuned(options, setting, arms, results, _report.ends(setting.corpus) or ["standard library"])
     else:
         _report.compared(options, setting, arms, planned, results, time.perf_counter() - begin)
 

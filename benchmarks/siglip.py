@@ -12,7 +12,6 @@ computed again. Real photographs:
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -21,10 +20,21 @@ from typing import Any, Literal
 
 import _workers
 import tyro
+from _rates import Sweeps
 
 
 SCRIPT = pathlib.Path(__file__)
-TUNED = SCRIPT.parent / "tuned_vision.json"
+SWEEPS = Sweeps(
+    SCRIPT.parent / "tuned_vision.json",
+    same=("task", "optimizer"),
+    near=("width", "size", "layers", "batch", "images"),
+    shape=("patch", "heads"),
+    metric="accuracy",
+    plural="accuracies",
+    title="Accuracy, %,",
+    best=max,
+    show=lambda accuracy: f"{100 * accuracy:.2f}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,31 +143,11 @@ def setting_of(options: Options, task: Literal["pairs", "classes"]) -> Any:
     return Setting(task=task, **{**given, **paths})
 
 
-def rates(options: Options, setting: Any, names: list[str]) -> dict[str, float]:
-    """The learning rate of each arm: as asked, or as tuned for the nearest shapes."""
-    if options.learning_rate is not None:
-        return dict.fromkeys(names, options.learning_rate)
-    own = options.output / "tuned_vision.json"
-    tuned = json.loads((own if own.exists() else TUNED).read_text("utf-8"))
-    sweeps = [s for s in tuned["sweeps"] if s["optimizer"] == setting.optimizer and s["task"] == setting.task]
-    if not sweeps:
-        raise SystemExit(f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune")
-    near = min(sweeps, key=lambda s: (abs(s["width"] - setting.width), abs(s["size"] - setting.size)))
-    if apart := [
-        name for name in ("size", "width", "layers", "batch", "images") if near[name] != getattr(setting, name)
-    ]:
-        print(
-            f"learning rates were tuned at { ({name: near[name] for name in apart}) }: --tune does it for these shapes"
-        )
-    usual = sorted(near["best"].values())[len(near["best"]) // 2]
-    return {name: near["best"].get(name, usual) for name in names}
-
-
 def jobs_of(options: Options, setting: Any, arms: list[Any], planned: Any) -> list[dict[str, Any]]:
     """All runs, those of one arm together."""
     from _vision import identity
 
-    found = {} if options.tune else rates(options, setting, [arm.name for arm in arms])
+    found = {} if options.tune else SWEEPS.rates(options, setting, [arm.name for arm in arms])
     name = lambda arm, seed, rate, steps: identity(arm, setting, seed, rate, steps, options.tune)
     return _workers.jobs_of(options, setting, arms, planned, found, name, prefetch=options.prefetch)
 
@@ -194,8 +184,10 @@ def compare(options: Options, task: Literal["pairs", "classes"]) -> None:
     jobs = jobs_of(options, setting, arms, planned)
     with _report.Live("images") as show:
         results = _workers.run_all(SCRIPT, options.output / "runs", jobs, show, options.workers)
-    report = _vision_report.tuned if options.tune else _vision_report.compared
-    report(options, setting, arms, planned, results, time.perf_counter() - begin)
+    if options.tune:
+        SWEEPS.tuned(options, setting, arms, results, _report.ends(setting.train) or ["scikit-learn's digits"])
+    else:
+        _vision_report.compared(options, setting, arms, planned, results, time.perf_counter() - begin)
 
 
 def main() -> None:

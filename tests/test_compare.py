@@ -209,7 +209,7 @@ def test_the_job_tunes(tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     (sweep,) = json.loads((tmp_path / "tuned.json").read_text("utf-8"))["sweeps"]
     assert set(sweep["losses"]["A B"]) == {"0.001", "0.01", "0.1"} and sweep["best"]["A B"] in (0.001, 0.01, 0.1)
-    assert compute_matched.rates(
+    assert compute_matched.SWEEPS.rates(
         dataclasses.replace(compute_matched.Options(), output=tmp_path), setting(), ["A B", "A^9 B"]
     ) == {"A B": sweep["best"]["A B"], "A^9 B": sweep["best"]["A B"]}
 

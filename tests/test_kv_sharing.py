@@ -128,7 +128,7 @@ def test_runs_from_before_there_were_policies_keep_their_names():
 
 
 def test_an_arm_with_a_policy_learns_at_the_rate_of_the_arm_without():
-    found = compute_matched.rates(compute_matched.Options(), setting(), ["A^3 B", "A^3 B, first"])
+    found = compute_matched.SWEEPS.rates(compute_matched.Options(), setting(), ["A^3 B", "A^3 B, first"])
     assert found["A^3 B, first"] == found["A^3 B"]
 
 

@@ -151,13 +151,13 @@ def test_learning_rates_are_those_of_the_nearest_sweep(tmp_path, capsys):
     sweeps = [{**sweep, "best": {"plain": 0.01, "both": 0.02}}, {**sweep, "width": 99, "best": {"plain": 0.5}}]
     (tmp_path / "tuned_vision.json").write_text(json.dumps({"sweeps": sweeps}), "utf-8")
     options = dataclasses.replace(OPTIONS, output=tmp_path)
-    found = siglip.rates(options, setting(), ["plain", "both", "text"])
+    found = siglip.SWEEPS.rates(options, setting(), ["plain", "both", "text"])
     assert found == {"plain": 0.01, "both": 0.02, "text": 0.02}
     assert capsys.readouterr().out == ""
-    siglip.rates(options, setting(layers=4), ["plain"])
+    siglip.SWEEPS.rates(options, setting(layers=4), ["plain"])
     assert "learning rates were tuned at {'layers': 2}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no learning rate is tuned for adamw"):
-        siglip.rates(options, setting(optimizer="adamw"), ["plain"])
+        siglip.SWEEPS.rates(options, setting(optimizer="adamw"), ["plain"])
 
 
 def test_the_tuned_learning_rates_are_interior_for_every_arm():

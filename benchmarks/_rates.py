@@ -1,0 +1,80 @@
+"""The learning rates of a comparison: as asked, or the best of a sweep; and the sweep itself."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweeps:
+    """How one comparison sweeps learning rates, and where sweeps are kept.
+
+    **Attributes:**
+
+    - `file`: the sweeps that are committed. One of the same name in the output folder comes first.
+    - `same`: in what a sweep must agree with a setting.
+    - `near`: in what it should, and the first two choose the nearest.
+    - `shape`: what else of a setting is kept with a sweep.
+    - `metric`: what of a result is looked at, `plural` its name in a sweep, and `title` that of the table.
+    - `best`: `min` or `max`.
+    - `show`: writes one number.
+    """
+
+    file: pathlib.Path
+    same: tuple[str, ...]
+    near: tuple[str, ...]
+    shape: tuple[str, ...]
+    metric: str
+    plural: str
+    title: str
+    best: Callable[..., float]
+    show: Callable[[float], str]
+
+    def rates(self, options: Any, setting: Any, names: list[str]) -> dict[str, float]:
+        """The learning rate of each arm: as asked, or as tuned for the nearest shapes."""
+        if options.learning_rate is not None:
+            return {name: options.learning_rate for name in names}
+        own = options.output / self.file.name
+        sweeps = json.loads((own if own.exists() else self.file).read_text("utf-8"))["sweeps"]
+        sweeps = [sweep for sweep in sweeps if all(sweep[name] == getattr(setting, name) for name in self.same)]
+        if not sweeps:
+            raise SystemExit(
+                f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune first"
+            )
+        far = lambda sweep: tuple(abs(sweep[name] - getattr(setting, name)) for name in self.near[:2])
+        nearest = min(sweeps, key=far)
+        if apart := {name: nearest[name] for name in self.near if nearest[name] != getattr(setting, name)}:
+            print(f"learning rates were tuned at {apart}, not at these shapes: --tune does it for these")
+        best: dict[str, float] = nearest["best"]
+        usual = sorted(best.values())[len(best) // 2]
+        # An arm with a policy of the cache learns at the rate of the arm that shares nothing.
+        like = lambda name: best.get(name.partition(", ")[0], usual)
+        return {name: best.get(name, like(name)) for name in names}
+
+    def tuned(self, options: Any, setting: Any, arms: list[Any], results: list[Any], data: list[str]) -> None:
+        """Prints and writes a sweep over `data`."""
+        from _report import hardware, rich_table
+        from rich.console import Console
+
+        grid = sorted(options.grid)
+        table = {
+            arm.name: {r["learning_rate"]: r[self.metric] for r in results if r["arm"] == arm.name} for arm in arms
+        }
+        best = {name: self.best(found, key=lambda rate: found[rate]) for name, found in table.items()}
+        star = lambda name, rate: "*" if rate == best[name] else ""
+        rows = [[name, *(self.show(found[rate]) + star(name, rate) for rate in grid)] for name, found in table.items()]
+        title = f"{self.title} by learning rate (* best)"
+        Console().print(rich_table(title, ["arm", *(f"{rate:g}" for rate in grid)], rows))
+        if edges := [name for name, rate in best.items() if rate in (grid[0], grid[-1])]:
+            print(f"the best of {', '.join(edges)} is at an end of the grid: widen --grid")
+        sweep = {
+            **{name: getattr(setting, name) for name in dict.fromkeys((*self.same, *self.near, *self.shape))},
+            "data": data,
+            "machine": hardware(),
+            self.plural: {name: {f"{rate:g}": found[rate] for rate in grid} for name, found in table.items()},
+            "best": best,
+            "interior": not edges,
+        }
+        (options.output / self.file.name).write_text(json.dumps({"sweeps": [sweep]}, indent=1), "utf-8")
