@@ -2,9 +2,10 @@
 
 import json
 import math
+import pathlib
 import sys
 import time
-from _statistics import differences, residual, smallest_visible
+from _statistics import Difference, differences, residual, said, smallest_visible
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +82,6 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     nats = np.array([[r["windows"]["nats"] for r in by_arm[name]] for name in names])
     sizes = np.array(results[0]["windows"]["bytes"])
     found = differences(losses, nats / math.log(2), sizes, 0)
-    deviation, freedom = residual(losses)
     visible = smallest_visible(losses)
     mean = lambda name, of: float(np.mean([r[of] for r in by_arm[name]]))
 
@@ -115,7 +115,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
                 f"{mean(name, 'wall'):.0f}",
                 f"{speed:,.0f}",
                 f"{losses[names.index(name)].mean():.4f}",
-                "" if name == names[0] else f"{difference.mean:+.4f} ± {difference.half:.4f}",
+                "" if name == names[0] else difference.show(".4f"),
                 "" if name == names[0] else difference.verdict,
             ]
         )
@@ -133,9 +133,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
 
     lines = [
         f"{len(names)} arms, {losses.shape[1]} seeds, {len(sizes)} windows of held-out text; lower is better.",
-        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference "
-        f"(t, {freedom} degrees of freedom), with the deviation pooled over arms: {deviation:.4f} bits per byte.",
-        f"The smallest difference that this run could have seen is {visible:.4f} bits per byte; below it nothing is decided.",
+        *said(losses, ".4f", "bits per byte"),
         f"The standard error of a difference over windows, apart from that, is up to {max(d.windows for d in found):.4f}.",
         scale(setting, results),
     ]
@@ -150,7 +148,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
         other = np.array([[r["elsewhere"] for r in by_arm[name]] for name in names])
         apart = smallest_visible(other)
         elsewhere = [
-            [name, f"{x.mean():.4f}", "" if i == 0 else f"{(x - other[0]).mean():+.4f} ± {apart:.4f}"]
+            [name, f"{x.mean():.4f}", "" if i == 0 else Difference((x - other[0]).mean(), apart, math.nan).show(".4f")]
             for i, (name, x) in enumerate(zip(names, other))
         ]
         console.print(rich_table("Text from elsewhere", ["arm", "bits/byte", f"less {names[0]}"], elsewhere))
@@ -162,20 +160,33 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
 
     record = {
         **record_of(setting, planned, results, wall),
-        "deviation": deviation,
+        "deviation": residual(losses)[0],
         "smallest_visible": visible,
         "differences": {
             name: {"mean": d.mean, "half": d.half, "windows": d.windows, "verdict": d.verdict}
             for name, d in zip(names, found)
         },
     }
-    (options.output / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
+    write(options.output / "results.json", record)
     parts = [markdown(header, rows), markdown(["arm", *(f"r={d}" for d in deep)], depth_rows)]
     if elsewhere:
         parts.append(markdown(["arm", "elsewhere, bits/byte", f"less {names[0]}"], elsewhere))
     (options.output / "results.md").write_text("\n\n".join([*parts, "\n".join(lines)]) + "\n", "utf-8")
     seen = _number(visible, ".4f")
     plot(options.output / "loss.png", names, by_arm, seen, ylabel="held-out bits per byte", xscale="log")
+
+
+def write(path: pathlib.Path, record: Any) -> None:
+    """Writes JSON; a number that is not known, such as a deviation of one seed, is `null`."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(x) for name, x in value.items()}
+        if isinstance(value, list | tuple):
+            return [known(x) for x in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    path.write_text(json.dumps(known(record), indent=1, allow_nan=False), "utf-8")
 
 
 def record_of(setting: Any, planned: Any, results: list[Any], wall: float) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class Difference:
             return "not decided"
         return "better" if self.mean < 0 else "worse"
 
+    def show(self, form: str, sign: int = 1) -> str:
+        """The mean, times `sign`, and the half width where it is known, both in the format `form`."""
+        half = "" if math.isnan(self.half) else f" ± {self.half:{form}}"
+        return f"{sign * self.mean:+{form}}{half}"
+
 
 def residual(losses: np.ndarray) -> tuple[float, int]:
     """The standard deviation of what neither arm nor seed explains, pooled over arms, and its degrees of freedom.
@@ -51,6 +56,20 @@ def smallest_visible(losses: np.ndarray) -> float:
     if freedom == 0:
         return math.nan
     return float(stats.t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / losses.shape[1])
+
+
+def said(losses: np.ndarray, form: str, unit: str) -> list[str]:
+    """In two lines, what differences over seeds can say; in one where they can say nothing."""
+    deviation, freedom = residual(losses)
+    if freedom == 0:
+        arms, seeds = losses.shape
+        return [f"{arms} arms, {seeds} seeds: no deviation is known, so nothing is decided; two of each are needed."]
+    return [
+        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference "
+        f"(t, {freedom} degrees of freedom), with the deviation pooled over arms: {deviation:{form}} {unit}.",
+        f"The smallest difference that this run could have seen is {smallest_visible(losses):{form}} {unit}; below it "
+        "nothing is decided.",
+    ]
 
 
 def differences(losses: np.ndarray, windows: np.ndarray, sizes: np.ndarray, baseline: int) -> list[Difference]:

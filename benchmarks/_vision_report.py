@@ -1,13 +1,12 @@
 """Shows what a comparison on images found: tables, a plot, and a JSON of results."""
 
-import json
 import math
 import sys
-from _statistics import differences, residual, smallest_visible
+from _statistics import differences, residual, said, smallest_visible
 from typing import Any
 
 import numpy as np
-from _report import ends, hardware, markdown, minutes, plot, rich_table
+from _report import ends, hardware, markdown, minutes, plot, rich_table, write
 from rich.console import Console
 
 
@@ -25,7 +24,6 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     wrong = np.array([[1 - np.array(r["correct"]) for r in by_arm[name]] for name in names], float) * 100
     losses = wrong.mean(-1)
     found = differences(losses, wrong, np.ones(wrong.shape[-1]), 0)
-    deviation, freedom = residual(losses)
     visible = smallest_visible(losses)
     mean = lambda name, of: float(np.mean([r[of] for r in by_arm[name]]))
 
@@ -62,7 +60,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
                 f"{mean(name, 'wall'):.0f}",
                 f"{first['images'] / max(mean(name, 'seconds'), 1e-9):,.0f}",
                 f"{100 - loss.mean():.2f}",
-                "" if base else f"{-difference.mean:+.2f} ± {difference.half:.2f}",
+                "" if base else difference.show(".2f", -1),
                 "" if base else difference.verdict,
             ]
         )
@@ -83,9 +81,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     lines = [
         f"{len(names)} arms, {losses.shape[1]} seeds, {what} on {number:,} held-out images; higher is better. The stochastic arm is "
         f"judged at its most rounds, {setting.law_max}.",
-        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference "
-        f"(t, {freedom} degrees of freedom), with the deviation pooled over arms: {deviation:.2f} points.",
-        f"The smallest difference that this run could have seen is {visible:.2f} points; below it nothing is decided.",
+        *said(losses, ".2f", "points"),
         f"The standard error of a difference over images, apart from that, is up to {max(d.windows for d in found):.2f}.",
         f"What it can show: {baseline['parameters'] / 1e6:.2g}M parameters, {baseline['images']:,} images for the baseline "
         f"({baseline['epochs']:.2g} epochs). {CLAIM[setting.task]}; a run that is smaller neither confirms nor refutes it.",
@@ -112,14 +108,14 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
         "budget": float(planned.budget),
         "runs": [{k: v for k, v in r.items() if k != "correct"} for r in results],
         "wall": wall,
-        "deviation": deviation,
+        "deviation": residual(losses)[0],
         "smallest_visible": visible,
         "differences": {
             name: {"mean": -d.mean, "half": d.half, "images": d.windows, "verdict": d.verdict}
             for name, d in zip(names, found)
         },
     }
-    (options.output / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
+    write(options.output / "results.json", record)
     parts = [markdown(header, rows), markdown(by_depth, depth_rows), "\n".join(lines)]
     (options.output / "results.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     seen = "" if math.isnan(visible) else f"{visible:.2f}"

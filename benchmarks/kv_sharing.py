@@ -18,7 +18,7 @@ import math
 import os
 import pathlib
 import time
-from _statistics import differences
+from _statistics import differences, said
 from typing import Any
 
 import _report
@@ -214,7 +214,7 @@ def report(
                 f"{flops / 1e6:.3f}",
                 f"{first['tokens']:,}" if row.trained else "",
                 f"{x:.4f}",
-                "" if row is visits else f"{row.difference.mean:+.4f} ± {row.difference.half:.4f}",
+                "" if row is visits else row.difference.show(".4f"),
                 "" if row is visits else row.difference.verdict,
             ]
         )
@@ -234,13 +234,12 @@ def report(
         abs(a["bits_per_byte"] - b["bits_per_byte"])
         for a, b in zip(control, sorted(visits.runs, key=lambda r: r["seed"]))
     )
+    trained = np.array([[r["bits_per_byte"] for r in row.runs] for row in rows if row.trained])
     lines = [
         f"{rows[1].arm.name} under policies of its cache, {plain.arm.name} beside it; {len(visits.runs)} seeds, "
         f"{len(visits.runs[0]['windows']['bytes'])} windows of held-out text of {setting.length} bytes; lower is better.",
-        "Differences are paired over seeds; ± is the half width of a 95% interval for one difference, and the smallest that this run "
-        "could have seen. Its deviation is pooled over trained models; at inference only, each policy has its own.",
-        f"The smallest difference that this run could have seen between trained models is {visits.difference.half:.4f} bits per "
-        "byte; below it nothing is decided.",
+        *said(trained, ".4f", "bits per byte"),
+        "That is of trained models. At inference only, each policy has a deviation of its own.",
         f"The standard error of a difference over windows, apart from that, is up to {max(r.difference.windows for r in rows):.4f}.",
         "Decoding token by token with a slot for each visit is checked against the forward pass: "
         f"their losses differ by up to {gap:.1e} bits per byte"
@@ -272,7 +271,7 @@ def report(
         "smallest_visible": visits.difference.half,
         "control": [{k: v for k, v in r.items() if k != "windows"} for r in control],
     }
-    (options.output / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
+    _report.write(options.output / "results.json", record)
     tables = [_report.markdown(header, table), *([_report.markdown(at_once_header, at_once)] if at_once else [])]
     (options.output / "results.md").write_text("\n\n".join([*tables, "\n".join(lines)]) + "\n", "utf-8")
     plot(options.output / "loss.png", rows, [size for size, _ in cost], loss)

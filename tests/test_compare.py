@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -68,6 +69,16 @@ def test_a_single_seed_decides_nothing():
     windows = np.array([[[1.0] * 7], [[0.5] * 7]]) * 3
     found = _statistics.differences(losses, windows, sizes, 0)
     assert np.isnan(found[1].half) and found[1].verdict == "not decided" and found[1].mean == -0.5
+    assert found[1].show(".2f") == "-0.50" and found[1].show(".2f", -1) == "+0.50"
+    (line,) = _statistics.said(losses, ".2f", "points")
+    assert line.startswith("2 arms, 1 seeds: no deviation is known")
+
+
+def test_what_is_not_known_is_null_in_a_record(tmp_path):
+    record = {"deviation": math.nan, "runs": [{"curve": [(1, math.nan)]}], "mean": 0.5}
+    _report.write(tmp_path / "results.json", record)
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert found == {"deviation": None, "runs": [{"curve": [[1, None]]}], "mean": 0.5}
 
 
 def test_the_error_over_windows_is_that_of_a_resampled_ratio():
