@@ -204,8 +204,20 @@ def test_speculation_is_the_deep_models_greedy_text(ahead, policy):
     assert got.tokens.tolist() == want.tokens.tolist() and got.lengths.tolist() == want.lengths.tolist()
 
 
-def test_speculation_draws_from_the_deep_model():
-    n, sampler = 4000, G.Sampler(temperature=1.3, top_k=6)
+def test_speculation_penalises_what_stands_before_a_token():
+    """Drafts too: what was drafted and refused is not seen afterwards."""
+    sampler = G.Sampler(temperature=0, repetition_penalty=2.5)
+    same = {"lengths": LENGTHS, "steps": 12}
+    want = G.tokens(MODEL, PROMPTS, sampler=sampler, **same)
+    got = G.speculate(MODEL, PROMPTS, sampler=sampler, draft={"r": 1}, ahead=3, **same)
+    assert got.tokens.tolist() == want.tokens.tolist()
+    assert want.tokens.tolist() != G.tokens(MODEL, PROMPTS, sampler=GREEDY, **same).tokens.tolist()
+    assert 0 < int(got.accepted.sum()) < int(got.drafted.sum())
+
+
+@pytest.mark.parametrize("penalty", [None, 1.5])
+def test_speculation_draws_from_the_deep_model(penalty):
+    n, sampler = 4000, G.Sampler(temperature=1.3, top_k=6, repetition_penalty=penalty)
     prompts = jnp.broadcast_to(PROMPTS[:1], (n, 4))
     out = G.speculate(MODEL, prompts, draft={"r": 1}, ahead=2, steps=3, sampler=sampler, key=jr.key(5))
     assert 0.05 < float(out.accepted.sum() / out.drafted.sum()) < 0.95
@@ -214,14 +226,16 @@ def test_speculation_draws_from_the_deep_model():
     of_first = np.asarray(out.tokens)[np.asarray(out.tokens[:, 0]) == first]
     second = np.bincount(of_first[:, 1]).argmax()
     of_second = of_first[of_first[:, 1] == second]
-    probs = lambda text: np.exp(np.asarray(sampler.log_probs(MODEL(jnp.array([text]))[0, -1]), np.float64))
+
+    def probs(text, model=MODEL):
+        seen = None if penalty is None else jnp.zeros(VOCAB, bool).at[jnp.array(text)].set(True)
+        return np.exp(np.asarray(sampler.log_probs(model(jnp.array([text]))[0, -1], seen), np.float64))
+
     text = PROMPTS[0].tolist()
     assert chi_square(of_first[:, 1], probs([*text, int(first)])) > 1e-4
     assert chi_square(of_second[:, 2], probs([*text, int(first), int(second)])) > 1e-4
     # The shallow model is another: the test would have seen it.
-    shallow = rx.with_rounds(MODEL, r=1)
-    wrong = sampler.log_probs(shallow(jnp.array([[*text, int(first)]]))[0, -1])
-    assert chi_square(of_first[:, 1], np.exp(np.asarray(wrong, np.float64))) < 1e-4
+    assert chi_square(of_first[:, 1], probs([*text, int(first)], rx.with_rounds(MODEL, r=1))) < 1e-4
 
 
 def test_sequential_policies_run_a_prompt_token_by_token():
@@ -285,5 +299,3 @@ def test_what_is_refused():
     nested = model_of("(A^r B)^2", r=2)
     with pytest.raises(ValueError, match="no loop around it"):
         G.tokens(nested, PROMPTS, steps=2, sampler=GREEDY, rounds=G.Until(G.KL(0.1), most=2))
-    with pytest.raises(ValueError, match="no repetition penalty"):
-        G.speculate(MODEL, PROMPTS, draft={"r": 1}, steps=2, sampler=G.Sampler(repetition_penalty=1.1), key=jr.key(0))

@@ -168,7 +168,7 @@ def begin(model: PyTree, prompts: Array, lengths: Array, keys: Array, plan: Plan
     seen = None
     if plan.sampler.repetition_penalty is not None:
         real = jnp.arange(p) < lengths[:, None]
-        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], prompts].max(real)
+        seen = mark(jnp.zeros(logits.shape, bool), prompts, real)
     rounds = None if plan.until is None else jnp.full(batch, plan.until.most, jnp.int32)
     return model, _draw(logits, cache, jnp.zeros(batch, bool), seen, rounds, keys, 0, plan)
 
@@ -189,11 +189,15 @@ def _draw(logits, cache, done, seen, rounds, keys, i, plan: Plan) -> Drawn:
     token = plan.sampler.draw(log_probs, jax.vmap(jr.fold_in, (0, None))(keys, i))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], -1)[:, 0]
     token, chosen = jnp.where(done, 0, token), jnp.where(done, 0, chosen)
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].max(~done)
+    seen = mark(seen, token[:, None], ~done[:, None])
     if plan.stop:
         done = done | jnp.isin(token, jnp.asarray(plan.stop))
     return Drawn(cache, token, chosen, rounds, done, seen)
+
+
+def mark(seen: Array | None, tokens: Array, real: Array) -> Array | None:
+    """What has been seen of the vocabulary, `[batch, vocab]`, with those of the `tokens`, `[batch, n]`, that are real."""
+    return None if seen is None else seen.at[jnp.arange(len(tokens))[:, None], tokens].max(real)
 
 
 def has_sequential(model: PyTree) -> bool:

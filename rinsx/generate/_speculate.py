@@ -16,7 +16,7 @@ from .._cache import Cache
 from .._check import at_least
 from .._loop import with_rounds
 from ._accept import accept
-from ._engine import begin, has_sequential, Plan, plan, Prompts
+from ._engine import begin, has_sequential, mark, Plan, plan, Prompts
 from ._sampler import Sampler
 
 
@@ -55,9 +55,9 @@ def speculate(
     """Continues prompts as the deep model would, with drafts by the same model at fewer rounds.
 
     `ahead` tokens are drafted at `draft` rounds, then all are run at once at the model's own rounds, and a beginning of them is
-    accepted by the rule of speculative sampling. What comes out has exactly the distribution of the deep model; with
-    temperature 0 it is what [`rinsx.generate.tokens`][] gives, up to ties. Whether it is faster depends on how often drafts stand:
-    the result says.
+    accepted by the rule of speculative sampling. What comes out has exactly the distribution of the deep model, a repetition
+    penalty included: each draft is penalised, and verified, by what stands before it. With temperature 0 it is what
+    [`rinsx.generate.tokens`][] gives, up to ties. Whether it is faster depends on how often drafts stand: the result says.
 
     !!! example
 
@@ -87,12 +87,10 @@ def speculate(
 
     **Raises:**
 
-    `ValueError` with a repetition penalty, since what is penalised would depend on drafts; and for loops with a sequential
-    policy, whose deep pass over several tokens would not be what it is token by token.
+    `ValueError` for loops with a sequential policy, whose deep pass over several tokens would not be what it is token by
+    token.
     """
     at_least(1, ahead=ahead)
-    if sampler is not None and sampler.repetition_penalty is not None:
-        raise ValueError("drafts are verified all at once, so there can be no repetition penalty")
     model, prompts, lengths, keys, settled = plan(
         model,
         prompts,
@@ -125,24 +123,27 @@ def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> 
     zeros = jnp.zeros(batch, jnp.int32)
 
     def one(carry):
-        cache, token, out, log_probs, counts, done, passes, drafted, accepted = carry
+        cache, token, seen, out, log_probs, counts, done, passes, drafted, accepted = carry
         # A key for each position, whatever was accepted before.
         here = jax.vmap(jr.fold_in)(keys, counts)
         before = cache.length
 
         def guess(carry, j):
-            cache, token = carry
+            cache, token, seen = carry
             hidden, cache = shallow.decode(token[:, None], cache)
-            probs = plan.sampler.log_probs(shallow.logits(hidden[:, 0]), None)
+            probs = plan.sampler.log_probs(shallow.logits(hidden[:, 0]), seen)
             token = plan.sampler.draw(probs, jax.vmap(jr.fold_in, (0, None))(here, j))
-            return (cache, token), (token, probs)
+            return (cache, token, mark(seen, token[:, None], jnp.ones((batch, 1), bool))), (token, probs, seen)
 
-        (cache, _), (guesses, probs) = lax.scan(guess, (_with_rule(cache, "leave"), token), jnp.arange(ahead))
-        guesses, probs = guesses.swapaxes(0, 1), probs.swapaxes(0, 1)
+        drafts = (_with_rule(cache, "leave"), token, seen)
+        (cache, _, last), found = lax.scan(guess, drafts, jnp.arange(ahead))
+        guesses, probs, ahead_of = jax.tree.map(lambda x: x.swapaxes(0, 1), found)
         cache = _with_rule(cache, "fill").rewind(before)
         hidden, cache = model.decode(jnp.concatenate([token[:, None], guesses], 1), cache)
         logits = model.logits(hidden)
-        target = plan.sampler.log_probs(logits, None)
+        if seen is not None:
+            ahead_of = jnp.concatenate([ahead_of, last[:, None]], 1)  # pyright: ignore[reportOptionalSubscript]
+        target = plan.sampler.log_probs(logits, ahead_of)
         stands, tokens = accept(guesses, probs, target, jax.vmap(jr.fold_in, (0, None))(here, ahead))
         # Up to the end, a stop token, or what is asked for.
         order = jnp.arange(ahead + 1)
@@ -157,12 +158,14 @@ def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> 
         # The last new token is not in the cache yet.
         cache = cache.rewind(jnp.where(done, before, before + new))
         token = jnp.where(done, token, tokens[row, jnp.maximum(new - 1, 0)])
+        seen = mark(seen, tokens, valid)
         alive = (~done).astype(jnp.int32)
         counts = counts + new
         done = done | jnp.any(ends & valid, 1) | (counts >= plan.steps)
         return (
             cache,
             token,
+            seen,
             out,
             log_probs,
             counts,
@@ -173,9 +176,9 @@ def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> 
         )
 
     done = first.done | (plan.steps <= 1)
-    carry = (first.cache, first.token, out, log_probs, zeros + 1, done, jnp.int32(0), zeros, zeros)
-    carry = lax.while_loop(lambda carry: ~jnp.all(carry[5]), one, carry)
-    _, _, out, log_probs, counts, _, passes, drafted, accepted = carry
+    carry = (first.cache, first.token, first.seen, out, log_probs, zeros + 1, done, jnp.int32(0), zeros, zeros)
+    carry = lax.while_loop(lambda carry: ~jnp.all(carry[6]), one, carry)
+    *_, out, log_probs, counts, _, passes, drafted, accepted = carry
     return Speculation(out[:, : plan.steps], counts, log_probs[:, : plan.steps], passes, drafted, accepted)
 
 
