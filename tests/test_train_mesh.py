@@ -1,6 +1,7 @@
 """Training on eight devices, and by two processes, against training on one device."""
 
 import functools as ft
+import shutil
 import socket
 
 import equinox as eqx
@@ -282,7 +283,7 @@ def free_port():
 
 
 def test_two_processes_reach_the_result_of_one(tmp_path):
-    """Stopped half-way by a signal to one of them, then started again from what both saved."""
+    """Stopped half-way by a signal to one of them, then started again from what both saved: by two, and by one alone."""
     one = start(tmp_path / "one", toy=False)
     want, _ = finish(one)
 
@@ -311,13 +312,18 @@ def test_two_processes_reach_the_result_of_one(tmp_path):
     # It came after step 4. All know of it once the next call is settled: at 6, which is evaluated.
     assert first["step"] == 6
     assert (tmp_path / "two" / "checkpoints" / "000000006").is_dir()
+    shutil.copytree(tmp_path / "two", tmp_path / "alone")
+    alone = start(tmp_path / "alone", toy=False)
     first, second = two()
     assert first == second
     assert (first["step"], first["stopped"], first["flops"]) == (want["step"], None, want["flops"])
     for name, value in want["metrics"].items():
         assert np.isclose(first["metrics"][name], value, rtol=1e-3)
-    for a, b in zip(weights(tmp_path / "two"), weights(tmp_path / "one"), strict=True):
-        assert np.allclose(a, b, atol=1e-3)
+    last, _ = finish(alone)
+    assert (last["step"], last["flops"]) == (want["step"], want["flops"])
+    for folder in ("two", "alone"):
+        for a, b in zip(weights(tmp_path / folder), weights(tmp_path / "one"), strict=True):
+            assert np.allclose(a, b, atol=1e-3)
     # Process 0 alone writes, and each step once.
     assert not (tmp_path / "two" / "other.jsonl").exists()
     found, whole = lines(tmp_path / "two"), lines(tmp_path / "one")
