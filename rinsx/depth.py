@@ -22,8 +22,6 @@ so that its probabilities, its mean and any cost expected under it are exact rat
     ```
 """
 
-import abc
-import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -33,11 +31,11 @@ from typing import SupportsIndex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Int, Int32, PRNGKeyArray, UInt32
+from jaxtyping import Array, Int, Int32, PRNGKeyArray
 
 from ._check import rational
+from ._law import AbstractLaw, AbstractTable as _AbstractTable, checked_depth, INT32_MAX, table_of
 
 
 __all__ = [
@@ -50,165 +48,6 @@ __all__ = [
     "Poisson",
     "Uniform",
 ]
-
-
-_INT32_MAX = 2**31 - 1
-_APPORTIONED = 2**30
-# Most laws list every depth up to their largest, in big integers. This bounds the work.
-_LONGEST = 1024
-
-
-class AbstractLaw(eqx.Module):
-    """A distribution over the number of rounds.
-
-    A law holds nothing but Python numbers, as static fields: it is hashable, and a
-    pytree without leaves.
-
-    **Attributes:**
-
-    - `support`: the depths that can be drawn: increasing, at least 1, each of positive
-        weight.
-    - `weights`: the integer weight of each depth in `support`, with a sum below
-        `2**31`. Wherever the law is exactly proportional to such integers, these are
-        the ones. Elsewhere they are apportioned (largest remainder) to a sum of exactly
-        `2**30`, and a depth whose share is zero is left out. `pmf`, `mean`, `sample`
-        and `quota` describe this table and nothing else.
-    """
-
-    support: eqx.AbstractVar[tuple[int, ...]]
-    weights: eqx.AbstractVar[tuple[int, ...]]
-
-    @property
-    def max(self) -> int:
-        """The largest depth that can be drawn: the static maximum that a loop needs."""
-        return self.support[-1]
-
-    @abc.abstractmethod
-    def pmf(self) -> dict[int, Fraction]:
-        """The exact probability of each depth in `support`."""
-
-    @abc.abstractmethod
-    def mean(self) -> Fraction:
-        """The exact mean of the depths that are sampled."""
-
-    @abc.abstractmethod
-    def at(self, step: SupportsIndex) -> "AbstractLaw":
-        """The law in force at one training step: itself, except for a
-        [`rinsx.depth.Curriculum`][].
-
-        **Arguments:**
-
-        - `step`: the training step, counted from 0.
-
-        **Returns:**
-
-        A law that is the same at every step.
-        """
-
-    @abc.abstractmethod
-    def sample(self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None) -> Int32[Array, ""]:
-        """Draws one depth. Can be jitted and vmapped.
-
-        **Arguments:**
-
-        - `key`: a `jax.random.key`.
-        - `step`: the training step, counted from 0, possibly traced. Required by
-            [`rinsx.depth.Curriculum`][]; the other laws are the same at every step.
-
-        **Returns:**
-
-        An int32 scalar.
-        """
-
-    @abc.abstractmethod
-    def quota(self, n: int, key: PRNGKeyArray) -> Int32[Array, " n"]:
-        """Draws `n` depths whose counts are as near to `n * pmf` as integers allow
-        (largest remainder), in random order.
-
-        Where `n * pmf` is integral, a run over these depths costs exactly what is
-        expected of it. Elsewhere each count is off by less than one.
-
-        **Arguments:**
-
-        - `n`: how many depths to draw.
-        - `key`: a `jax.random.key`, for the order.
-
-        **Returns:**
-
-        An int32 array of shape `(n,)`.
-        """
-
-
-class _AbstractTable(AbstractLaw):
-    """A law that is the same at every step."""
-
-    def pmf(self) -> dict[int, Fraction]:
-        total = sum(self.weights)
-        return {r: Fraction(w, total) for r, w in zip(self.support, self.weights)}
-
-    def mean(self) -> Fraction:
-        return sum((r * p for r, p in self.pmf().items()), Fraction(0))
-
-    def at(self, step: SupportsIndex) -> AbstractLaw:
-        del step
-        return self
-
-    def sample(self, key: PRNGKeyArray, step: Int[Array, ""] | SupportsIndex | None = None) -> Int32[Array, ""]:
-        del step
-        return _lookup(self.support, self.weights, _below(sum(self.weights), key))
-
-    def quota(self, n: int, key: PRNGKeyArray) -> Int32[Array, " n"]:
-        if n < 0:
-            raise ValueError(f"`n` must not be negative; got {n}.")
-        depths = np.repeat(np.array(self.support, np.int32), _apportion(self.weights, n))
-        return jr.permutation(key, jnp.asarray(depths))
-
-
-def _below(total: int, key: PRNGKeyArray) -> UInt32[Array, ""]:
-    """Draws an integer uniformly from `range(total)`, for a `total` below `2**31`."""
-    # Above 2**16, `jr.randint` is 32 bits modulo `total`: at 3 * 2**29 the lowest two
-    # thirds come with probability 3/4. Rejection has no bias. A candidate has as few
-    # bits as `total`, and is accepted with probability 1/2 or more. All 64 are refused,
-    # which gives the largest depth, with probability 2**-64 or less.
-    candidates = jr.bits(key, (64,), jnp.uint32) >> (32 - total.bit_length())
-    return candidates[jnp.argmax(candidates < total)]
-
-
-def _lookup(support: tuple[int, ...], weights: tuple[int, ...], draw: UInt32[Array, ""]) -> Int32[Array, ""]:
-    """The depth that owns `draw` once `range(sum(weights))` is dealt out in order."""
-    bounds = jnp.asarray(list(itertools.accumulate(weights))[:-1], jnp.uint32)
-    index = jnp.searchsorted(bounds, draw, side="right")
-    return jnp.asarray(support, jnp.int32)[index]
-
-
-def _apportion(weights: Sequence[int], total: int) -> list[int]:
-    """Splits `total` in proportion to `weights`: largest remainder, then order."""
-    whole = sum(weights)
-    shares, remainders = zip(*(divmod(w * total, whole) for w in weights))
-    order = sorted(range(len(weights)), key=lambda i: -remainders[i])
-    rounded_up = set(order[: total - sum(shares)])
-    return [share + (i in rounded_up) for i, share in enumerate(shares)]
-
-
-def _table(weights: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The `support` and `weights` of a law with integer weights of any size."""
-    depths = sorted(weights)
-    divisor = math.gcd(*weights.values())
-    reduced = [weights[r] // divisor for r in depths]
-    if sum(reduced) > _INT32_MAX:
-        reduced = _apportion(reduced, _APPORTIONED)
-    support, kept = zip(*((r, w) for r, w in zip(depths, reduced) if w > 0))
-    return support, kept
-
-
-def _depth(name: str, value: SupportsIndex, largest: int = _LONGEST) -> int:
-    try:
-        depth = operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an integer; got {value!r}.") from None
-    if not 1 <= depth <= largest:
-        raise ValueError(f"`{name}` must be in 1, ..., {largest}; got {value}.")
-    return depth
 
 
 class Fixed(_AbstractTable):
@@ -231,7 +70,7 @@ class Fixed(_AbstractTable):
 
         - `rounds`: the depth, at least 1.
         """
-        self.support = (_depth("rounds", rounds, _INT32_MAX),)
+        self.support = (checked_depth("rounds", rounds, INT32_MAX),)
         self.weights = (1,)
 
 
@@ -266,11 +105,11 @@ class Binomial(_AbstractTable):
             its shortest decimal text: `0.8` is exactly 4/5. Write `"1/3"` where no
             decimal is exact.
         """
-        n, p = _depth("max", max) - 1, rational("skip", skip)
+        n, p = checked_depth("max", max) - 1, rational("skip", skip)
         if not 0 <= p <= 1:
             raise ValueError(f"`skip` is a probability, in [0, 1]; got {skip!r}.")
         run, rest = p.denominator - p.numerator, p.numerator
-        self.support, self.weights = _table({1 + k: math.comb(n, k) * run**k * rest ** (n - k) for k in range(n + 1)})
+        self.support, self.weights = table_of({1 + k: math.comb(n, k) * run**k * rest ** (n - k) for k in range(n + 1)})
 
 
 class Uniform(_AbstractTable):
@@ -294,7 +133,7 @@ class Uniform(_AbstractTable):
         - `low`: the smallest depth, at least 1.
         - `high`: the largest depth, at least `low`.
         """
-        low, high = _depth("low", low), _depth("high", high)
+        low, high = checked_depth("low", low), checked_depth("high", high)
         if low > high:
             raise ValueError(f"`low` must not exceed `high`; got {low} and {high}.")
         self.support = tuple(range(low, high + 1))
@@ -323,11 +162,13 @@ class Categorical(_AbstractTable):
         - `weights`: the weight of each depth. They need not sum to one. A float stands
             for its shortest decimal text: `0.1` is exactly 1/10.
         """
-        table = {_depth("a depth in `weights`", r, _INT32_MAX): rational("a weight", w) for r, w in weights.items()}
+        table = {
+            checked_depth("a depth in `weights`", r, INT32_MAX): rational("a weight", w) for r, w in weights.items()
+        }
         if min(table.values(), default=0) < 0 or not any(table.values()):
             raise ValueError(f"`weights` must have none below zero and one above; got {dict(weights)}.")
         scale = math.lcm(*(w.denominator for w in table.values()))
-        self.support, self.weights = _table({r: w.numerator * (scale // w.denominator) for r, w in table.items()})
+        self.support, self.weights = table_of({r: w.numerator * (scale // w.denominator) for r, w in table.items()})
 
 
 class Poisson(_AbstractTable):
@@ -360,8 +201,8 @@ class Poisson(_AbstractTable):
         if rate < 0:
             raise ValueError(f"`mean` must be at least 1; got {mean!r}.")
         # exp(-rate) cancels, which leaves rate^k / k!, here with denominators cleared.
-        n, p, q = _depth("max", max) - 1, rate.numerator, rate.denominator
-        self.support, self.weights = _table({1 + k: p**k * q ** (n - k) * math.perm(n, n - k) for k in range(n + 1)})
+        n, p, q = checked_depth("max", max) - 1, rate.numerator, rate.denominator
+        self.support, self.weights = table_of({1 + k: p**k * q ** (n - k) * math.perm(n, n - k) for k in range(n + 1)})
 
 
 class LogNormalPoisson(_AbstractTable):
@@ -406,7 +247,7 @@ class LogNormalPoisson(_AbstractTable):
             weights at the end come to zero.)
         """
         m, s = float(rational("mean", mean)), float(rational("sigma", sigma))
-        largest = _depth("max", max)
+        largest = checked_depth("max", max)
         if not 0 < m <= largest:
             raise ValueError(f"`mean` must be in (0, max={largest}]; got {mean!r}.")
         if not 0 <= s <= 4:
@@ -422,7 +263,7 @@ class LogNormalPoisson(_AbstractTable):
             x = log_density + k * log_tau
             logs.append(x.max() + np.log(np.exp(x - x.max()).sum()) - math.lgamma(k + 1))
         weights = np.exp(np.array(logs) - np.max(logs))
-        self.support, self.weights = _table({1 + k: int(math.ldexp(w, 62)) for k, w in enumerate(weights)})
+        self.support, self.weights = table_of({1 + k: int(math.ldexp(w, 62)) for k, w in enumerate(weights)})
 
 
 class Curriculum(AbstractLaw):
@@ -457,7 +298,7 @@ class Curriculum(AbstractLaw):
         starts = [operator.index(start) for start, _ in stages]
         if starts[:1] != [0] or any(a >= b for a, b in zip(starts, starts[1:])):
             raise ValueError(f"Stages must start at step 0 and then at ever later steps; got starts {starts}.")
-        if starts[-1] > _INT32_MAX:
+        if starts[-1] > INT32_MAX:
             raise ValueError(f"A stage must start below 2**31; got {starts[-1]}.")
         for _, law in stages:
             if isinstance(law, Curriculum):
@@ -480,7 +321,7 @@ class Curriculum(AbstractLaw):
 
         A `Curriculum`.
         """
-        rise = _depth("high", high) - _depth("low", low)
+        rise = checked_depth("high", high) - checked_depth("low", low)
         if rise < 0:
             raise ValueError(f"`low` must not exceed `high`; got {low} and {high}.")
         if steps < rise:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import rinsx.depth as depth
+from rinsx import _law
 
 
 TABLES = {
@@ -142,7 +143,7 @@ def test_every_draw_below_the_total_is_owned_in_proportion(make):
     else:
         draws = np.arange(total, dtype=np.uint32)
         expected = np.repeat(law.support, law.weights).tolist()
-    lookup = jax.vmap(lambda u: depth._lookup(law.support, law.weights, u))
+    lookup = jax.vmap(lambda u: _law.lookup(law.support, law.weights, u))
     assert lookup(jnp.asarray(draws)).tolist() == expected
 
 
@@ -210,7 +211,7 @@ def test_negative_quota_is_refused():
 @pytest.mark.parametrize("total", [1, 2, 3, 5, 64])
 def test_below_is_uniform(total):
     keys = jr.split(jr.key(0), 3000)
-    draws = jax.vmap(lambda key: depth._below(total, key))(keys)
+    draws = jax.vmap(lambda key: _law.below(total, key))(keys)
     counts = np.bincount(np.asarray(draws), minlength=total)
     assert len(counts) == total
     expected = 3000 / total
@@ -221,7 +222,7 @@ def test_below_is_uniform(total):
 def test_below_has_no_modulo_bias():
     # 32 bits modulo this total give the lower two thirds with probability 3/4.
     keys = jr.split(jr.key(0), 4000)
-    draws = jax.vmap(lambda key: depth._below(3 * 2**29, key))(keys)
+    draws = jax.vmap(lambda key: _law.below(3 * 2**29, key))(keys)
     assert abs(np.mean(np.asarray(draws) < 2**30) - 2 / 3) < 0.03
 
 
@@ -230,7 +231,7 @@ def test_below_has_no_modulo_bias():
     st.integers(0, 10**6),
 )
 def test_apportion_is_by_largest_remainder(weights, total):
-    shares = depth._apportion(weights, total)
+    shares = _law.apportion(weights, total)
     assert sum(shares) == total
     exact = [Fraction(w * total, sum(weights)) for w in weights]
     assert all(math.floor(e) <= s <= math.ceil(e) for s, e in zip(shares, exact))
