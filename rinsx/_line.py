@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ._attend import attention, visible
@@ -205,7 +207,7 @@ class Line(AbstractHandle):
             return step(carry, part(keys), part(values), seen)
 
         if shelf.positions == size:
-            return one(0, carry)
+            return _apart(lambda carry: one(0, carry), carry, start_of(cache))
         filled = jnp.max(cache.length) + cache.tokens()
         if shelf.window is not None:
             filled = jnp.minimum(filled, shelf.positions)
@@ -259,6 +261,19 @@ class Line(AbstractHandle):
 
     def close(self, x):
         return Stream(x, self)
+
+
+def _apart(fn: Callable, carry: Any, start: Any) -> Any:
+    """`fn(carry)`, in a computation that XLA on CPU does not fuse with what is around it."""
+    # What writes into the buffer would be fused with what reads it, and once more with what goes on to the next token. Of two
+    # such writes one cannot be in place: XLA copies the whole buffer up to three times for each token. A branch is not fused;
+    # a barrier is taken away too early in some versions. On other backends a branch may wait for the host, and where nothing
+    # is compiled it would be compiled at each call.
+    if jax.default_backend() != "cpu" or not isinstance(start, Tracer):
+        return fn(carry)
+    never = lambda carry: jax.tree.map(jnp.zeros_like, jax.eval_shape(fn, carry))
+    # That no position is below 0 is what XLA does not know.
+    return lax.cond(jnp.min(start) >= 0, fn, never, carry)
 
 
 def at_visit(state: PyTree, block: int, slot: Any, before: Any, writes: Any) -> PyTree:

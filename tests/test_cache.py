@@ -260,6 +260,31 @@ def test_a_step_touches_what_is_filled_and_not_the_capacity(separate):
     assert temporary(2**14) - temporary(2**11) < 2**12
 
 
+def test_a_cache_of_one_chunk_is_not_copied_for_a_token():
+    config = dataclasses.replace(CONFIG, width=32)
+    model = model_of(config=config, r=2).apart()
+    cache = model.cache(1, 96, separate=True, aligned=True, trusted=True)
+    (buffer, *_), *_ = cache.keys
+    assert buffer.shape == (1, 1, 96, 16)
+
+    def many(cache, token):
+        def one(_, carry):
+            cache, token = carry
+            hidden, cache = model.decode(token, cache)
+            return cache, jnp.argmax(model.logits(hidden), -1).astype(jnp.int32)
+
+        return lax.fori_loop(0, 8, one, (cache, token))
+
+    token = jnp.zeros((1, 1), jnp.int32)
+    text = jax.jit(many, donate_argnums=0).lower(cache, token).compile().as_text()
+    assert "f32[1,1,96,16]{3,2,1,0} parameter(" in text
+    assert not [line for line in text.splitlines() if "= f32[1,1,96,16]" in line and " copy(" in line]
+    # Each token is counted as the products that it takes: three visits, and attention to all that there is room for.
+    maps = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 16
+    counted = rx.flops.count(lambda cache, token: model.decode(token, cache)[0], cache, token)
+    assert counted.matmul == 2 * 3 * (maps + 2 * 2 * 96 * 16)
+
+
 def test_a_full_cache_says_so():
     model = model_of(r=2)
     with pytest.raises(ValueError, match="capacity of 4 positions, and 5 do not fit"):
