@@ -1,13 +1,24 @@
 """Configures hypothesis and JAX once for the whole suite."""
 
+import importlib.metadata
 import os
 import pathlib
+import tempfile
 
 
 # Eight host devices, so that the sharding tests run on any machine. Must precede the first use of JAX.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Almost all the time goes to compiling small programs that run once. The processes that tests start inherit it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Kernels by the older of its two emitters, which later versions lack, compile in a third of the time.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one process compiled is loaded by the others, and by those that tests start; removed at the end.
+    compiled = tempfile.TemporaryDirectory(prefix="rinsx-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax

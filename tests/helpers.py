@@ -1,5 +1,6 @@
 """Blocks, loops, strategies and independent references that several test files share."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 
@@ -156,6 +157,12 @@ def assert_close(a, b, tol=1e-10):
         assert x.shape == y.shape and x.dtype == y.dtype
         error = float(jnp.max(jnp.abs(x - y))) if x.size else 0.0
         assert error <= tol * max(1.0, float(jnp.max(jnp.abs(y)))), (error, x, y)
+
+
+def environment() -> dict[str, str]:
+    """That of a job's process: the tests' eight devices are not for its workers."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return {**os.environ, "XLA_FLAGS": " ".join(flags), "MPLBACKEND": "Agg"}
 
 
 @st.composite

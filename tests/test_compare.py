@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import pytest
 from scipy import stats
 
 import rinsx as rx
+
+from .helpers import environment
 
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -175,11 +176,6 @@ def command(output, *more):
     shape = "--width 16 --layers 2 --heads 2 --length 16"
     small = f"{shape} --tokens 6400 --windows 24 --points 2 --seeds 2 --learning-rate 0.02 --workers 1"
     return [sys.executable, str(BENCHMARKS / "compute_matched.py"), *small.split(), "--output", str(output), *more]
-
-
-def environment():
-    # The tests' eight devices are not for the workers.
-    return {**os.environ, "XLA_FLAGS": "", "MPLBACKEND": "Agg"}
 
 
 def test_the_job_runs_resumes_and_reports(tmp_path):

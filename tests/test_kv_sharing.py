@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import numpy as np
 import pytest
 
 import rinsx as rx
+
+from .helpers import environment
 
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -136,10 +137,8 @@ def command(output):
     small = "--width 16 --layers 2 --heads 2 --length 16 --tokens 1600 --windows 16 --points 1 --seeds 2 --depths 3"
     arms = ["--arms", "A B", "A^3 B", "A^3 B, first"]
     words = [*small.split(), "--learning-rate", "0.02", "--workers", "1", "--output", str(output), *arms]
-    # The tests' eight devices are not for the workers.
-    environment = {**os.environ, "XLA_FLAGS": "", "MPLBACKEND": "Agg"}
     script = str(BENCHMARKS / "kv_sharing.py")
-    return subprocess.run([sys.executable, script, *words], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, script, *words], env=environment(), capture_output=True, text=True)
 
 
 def test_the_job_runs_resumes_and_reports(tmp_path):

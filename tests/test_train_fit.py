@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import rinsx as rx
-from rinsx.train import _fit as training
+from rinsx.train import _fit as training, _step as stepping
 from rinsx.train._step import gradient
 
 
@@ -99,6 +99,25 @@ def points(steps, rows=4, seed=0):
     rng = np.random.default_rng(seed)
     pick = lambda *shape: rng.normal(size=shape)
     return [(pick(rows, 3), pick(rows, 2), rng.random(rows) + 0.5) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_step_is_compiled_once(sharded, monkeypatch, caplog):
+    mesh = rx.train.mesh() if sharded else None
+    released, compiled = [], []
+    monkeypatch.setattr(stepping, "release", lambda: released.append(len(compiled)))
+    first = stepping.run
+
+    def run(*args):
+        caplog.clear()
+        with jax.log_compiles():
+            out = first(*args)
+        compiled.extend(line for line in caplog.messages if "XLA compilation" in line and "lambda" in line)
+        return out
+
+    monkeypatch.setattr(training, "run", run)
+    rx.train.fit(MLP, squares, points(3, rows=8), optax.sgd(0.1), steps=3, key=KEY, mesh=mesh)
+    assert released == [0, 0] and compiled == []
 
 
 @given(

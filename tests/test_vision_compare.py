@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import numpy as np
 import pytest
 
 import rinsx as rx
+
+from .helpers import environment
 
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -192,9 +193,7 @@ def test_what_makes_no_sense_is_refused(changes, message):
 def test_the_job_runs_and_reports(tmp_path, script, chosen):
     shape = "--width 16 --layers 2 --heads 2 --images 640 --points 1 --seeds 1 --learning-rate 0.01 --workers 1"
     command = [sys.executable, str(BENCHMARKS / script), *shape.split(), "--arms", *chosen, "--output", str(tmp_path)]
-    # The tests' eight devices are not for the workers.
-    environment = {**os.environ, "XLA_FLAGS": "", "MPLBACKEND": "Agg"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     record = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert len(record["runs"]) == 2 and jax.__version__ == record["machine"]["jax"]
