@@ -9,8 +9,11 @@ stored, the same by hand in JAX, and the peers, whose Python (`--peer-python`) n
 numpy. They take turns in random order. A step is the forward and backward pass and the update of AdamW, on the same tokens, in
 float32. Reported are medians over turns with quartiles; ratios are medians of ratios of the same turn, since other load on the
 machine hits both. With more threads than one that is not enough: a library whose threads wait for each other by spinning
-loses more by load, so use an idle machine. Memory is the peak of resident memory above what the process held once all
-was imported and a tiny model had made a step; compiling is in it.
+loses more by load, so use an idle machine.
+
+Memory is the peak of resident memory above what the process held once all was imported and a tiny model had made a step, twice:
+once it is built, in the timed steps; and while it is built and makes its first steps, with compilers that run in processes of their
+own, and nothing compiled kept from an earlier run. "MiB in all" is the peak of the worker's own process, with all that is imported.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ import platform
 import random
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +94,11 @@ def contestants(config: Config) -> list[Contestant]:
 
 def measure(config: Config, console: Console) -> list[dict[str, Any]]:
     """One row for each contestant: what it is, and its times in turns with the others."""
+    with tempfile.TemporaryDirectory() as caches:
+        return _measure(config, console, caches)
+
+
+def _measure(config: Config, console: Console, caches: str) -> list[dict[str, Any]]:
     workers: list[tuple[Contestant, Process]] = []
     rows: dict[Contestant, dict[str, Any]] = {}
     try:
@@ -97,13 +106,20 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
             python = config.peer_python if one.peer else sys.executable
             assert python is not None
             log = config.output / f"{one.signature} {one.label}.log".replace(" ", "_").replace(",", "")
-            worker = Process(python, "_peers.py" if one.peer else "_trainers.py", config.shape.threads, log)
+            script = "_peers.py" if one.peer else "_trainers.py"
+            # Each compiles for itself, from nothing.
+            fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/{len(workers)}", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+            worker = Process(python, script, config.shape.threads, log, fresh)
             workers.append((one, worker))
             # The threads that PyTorch is told of; JAX has those of its cores.
             built = {"compile": one.compiled} if one.peer else {}
             try:
-                rows[one] = worker.ask(cmd="build", name=one.name, **built, **dataclasses.asdict(one.shape))
-                worker.ask(cmd="run", steps=STEPS_PER_CALL)
+                with worker.all_memory() as seen:
+                    rows[one] = worker.ask(cmd="build", name=one.name, **built, **dataclasses.asdict(one.shape))
+                    first = worker.ask(cmd="run", steps=STEPS_PER_CALL)["peak_rss"]
+                # Sampled, so a short peak of the worker itself may be missed.
+                rows[one] |= {"built_rss": first, "all_rss": max([first, *seen])}
+                worker.restart_peak()
             except Failed as error:
                 console.print(f"[red]{one.signature}, {one.label}: {error}")
                 rows.pop(one, None)
@@ -138,6 +154,7 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
             "ratio": statistics.median(a / b for a, b in zip(times[one], times[base])),
             "cpu_s": None if None in processor[one] else statistics.median(filter(None, processor[one])),
             "memory": row["peak_rss"] - row["import_rss"],
+            "memory_building": row["all_rss"] - row["import_rss"],
         }
     return list(rows.values())
 
@@ -187,6 +204,8 @@ COLUMNS = (
     "CPU ms a step",
     "GFLOP/s",
     "peak MiB above import",
+    "while built",
+    "MiB in all",
 )
 
 
@@ -201,6 +220,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         "" if row["cpu_s"] is None else f"{row['cpu_s'] * 1e3:.0f}",
         f"{row['flops_per_s'] / 1e9:.0f}",
         f"{row['memory'] / 2**20:.0f}",
+        f"{row['memory_building'] / 2**20:.0f}",
+        f"{max(row['built_rss'], row['peak_rss']) / 2**20:.0f}",
     ]
 
 

@@ -26,7 +26,7 @@ from ._checkpoint import Checkpoints
 from ._json import encode
 from ._log import AbstractLog
 from ._mesh import constrain, place, share_out
-from ._step import Ledger, Loss, Record, run, Stepper, tables
+from ._step import Ledger, Loss, prepare, Record, run, Stepper, tables
 from ._watch import Watch
 
 
@@ -226,7 +226,10 @@ def fit(
                 ledger.measure(jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
             fractions, rounds = ledger.schedule(step, steps_per_call)
             flags = share_out(np.full(devices, bool(caught)), mesh)
-            trained, seen = run(stepper, trained, batch, key, step, count, fractions, rounds, flags)
+            given = batch, key, step, count, fractions, rounds, flags
+            if step == ledger.first:
+                prepare(stepper, trained, *given)
+            trained, seen = run(stepper, trained, *given)
             settle()
             pending = (step, count, seen)
             # The first call compiles: nothing is begun before it has ended, so that it can be left out of the time. One that is

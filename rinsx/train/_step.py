@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from .. import flops
 from .._loop import with_rounds
 from ._mesh import constrain
+from ._release import release
 
 
 Scalar = Float[Array, ""]
@@ -183,7 +184,7 @@ class Stepper(eqx.Module):
 
 
 # What the steps are given is kept; what is trained is written in place.
-_many = eqx.filter_jit(lambda given, trained: given[0].many(given[1:], trained), donate="all-except-first")
+_many: Any = eqx.filter_jit(lambda given, trained: given[0].many(given[1:], trained), donate="all-except-first")
 
 
 def run(
@@ -201,8 +202,20 @@ def run(
 
     Besides what is trained and the record, tells whether any of `flags`, one for each device of all processes, is set.
     """
+    return _many(_given(stepper, batches, key, first, count, fractions, rounds, flags), trained)
+
+
+def prepare(stepper: Stepper, trained: tuple[PyTree, PyTree], *args: Any) -> None:
+    """Compiles what `run` with the same arguments then runs, and gives back the memory that compiling took."""
+    release()
+    # JAX keeps the program and takes it for the call.
+    _many.lower(_given(stepper, *args), trained).compile()
+    release()
+
+
+def _given(stepper, batches, key, first, count, fractions, rounds, flags):
     given = (stepper, batches, key, jnp.int32(first), jnp.int32(count), jnp.asarray(fractions, jnp.float32))
-    return _many((*given, tuple(jnp.asarray(r, jnp.int32) for r in rounds), flags), trained)
+    return (*given, tuple(jnp.asarray(r, jnp.int32) for r in rounds), flags)
 
 
 def tables(depth: Mapping[str, Sequence[int]], most: int) -> tuple[tuple[int, ...], ...] | None:
