@@ -52,14 +52,15 @@ def run(node: Rounds, state: PyTree, place: Place, env: Env) -> PyTree:
 @eqx.filter_custom_vjp
 def _taped(diff, node, place):
     env, state = diff
-    (state, _), _ = _forward(node, (state, None), place, _in_range(env, taped=False))
+    env, state = _in_range(env, state, taped=False)
+    (state, _), _ = _forward(node, (state, None), place, env)
     return state
 
 
 @_taped.def_fwd
 def _taped_fwd(perturbed, diff, node, place):
     env, state = diff
-    env = _in_range(env, taped=True)
+    env, state = _in_range(env, state, taped=True)
     start = dataclasses.replace(place, slot=0)
     # One slot at least, since a loop of no rounds is traced all the same. Broadcast, not zeros: it keeps the
     # sharding of the state, and works for PRNG keys.
@@ -150,9 +151,9 @@ def _forward(
         early = trips_of(node, env, minus=last)
         state, _ = _repeat(node, env, node.first, low, lambda *at: one(*at)[0], (state, None), early)
     carry = state, tape
-    if last is None or last > apart:
-        taped = _recorded(node, env, apart) if tape is not None else trips_of(node, env)
-        carry = _repeat(node, env, low, total - apart, lambda *at: one(*at)[0], carry, taped)
+    if tape is None or _most_recorded(node, env) > apart:
+        declared = trips_of(node, env) if tape is None else _recorded(node, env, apart)
+        carry = _repeat(node, env, low, total - apart, lambda *at: one(*at)[0], carry, declared)
     (state, tape), pull = one(carry, total - 1, keep) if apart else (carry, None)
     return (finish(state, place, node, env, total), tape), pull
 
@@ -212,7 +213,7 @@ def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, openin
     apart = pull is not None
     if apart:
         carry = one(carry, 0, pull)
-    if last is None or last > apart:
+    if _most_recorded(node, env) > apart:
         carry = _repeat(node, env, int(apart), kept, one, carry, _recorded(node, env, apart))
     grad, grads, grad_entry = carry
     if last is not None:
@@ -345,6 +346,11 @@ def _slots(node: Program, env: Env) -> int:
         return 1
     if isinstance(node, Seq):
         return sum(_slots(part, env) for part in node.parts)
+    return _most_recorded(node, env) * _slots(node.body, env) + _keeps_entry(node, env)
+
+
+def _most_recorded(node: Rounds, env: Env) -> int:
+    """How many rounds of a loop are recorded at most."""
     rounds = number_of_rounds(node, env)
     if not isinstance(rounds, int):
         loop: Any = loop_of(node, env)
@@ -356,8 +362,7 @@ def _slots(node: Program, env: Env) -> int:
         rounds = loop.max
     last = last_of(node, env)
     run = max(rounds - node.first, 0)
-    run = run if last is None else min(run, last)
-    return run * _slots(node.body, env) + _keeps_entry(node, env)
+    return run if last is None else min(run, last)
 
 
 def _after(node: Program, place: Place, env: Env, recorded: bool) -> Place:
@@ -404,8 +409,8 @@ def _check(node: Program, env: Env) -> None:
         _check(node.body, env)
 
 
-def _in_range(env: Env, taped: bool) -> Env:
-    """The environment with every traced number of rounds checked when the program runs.
+def _in_range(env: Env, state: PyTree, taped: bool) -> tuple[Env, PyTree]:
+    """The environment and the state, with every traced number of rounds checked when the program runs.
 
     In one check, since each is a call back to the host that holds up the program.
     """
@@ -429,8 +434,10 @@ def _in_range(env: Env, taped: bool) -> Env:
             wrong.append(rounds > slots)
             messages.append(f"{loop.name} runs past its cache, which has slots for {slots} rounds")
     every = jnp.stack(wrong)
-    rounds = [loop.rounds for loop in traced]
-    rounds = iter(eqx.branched_error_if(rounds, jnp.any(every), jnp.argmax(every), messages))
+    # Loops wait for their bounds. Where no loop is left, the state waits.
+    checked = [loop.rounds for loop in traced], state if taped and all(loop.max == 1 for loop in traced) else None
+    rounds, held = eqx.branched_error_if(checked, jnp.any(every), jnp.argmax(every), messages)
+    rounds = iter(rounds)
     put = lambda loop: eqx.tree_at(lambda loop: loop.rounds, loop, next(rounds))
     loops = tuple(loop if loop is None or loop.static else put(loop) for loop in env.loops)
-    return dataclasses.replace(env, loops=loops)
+    return dataclasses.replace(env, loops=loops), state if held is None else held

@@ -83,6 +83,16 @@ def test_only_the_work_asked_for():
     assert len(ran) == 13
 
 
+def test_a_gradient_of_at_most_one_round_is_no_loop():
+    """With one slot a loop over the tape would find the same state in each round, and XLA would compute it ahead of the loop."""
+    model = rx.recur(Noisy(KEY), rx.Loop(1, max=1))
+    step = lambda r: jax.grad(lambda x: jnp.sum(rx.with_rounds(model, r=r)(x)))(jnp.ones(DIM))
+    assert "while" not in jax.jit(step).lower(jnp.int32(1)).as_text()
+    assert_close([step(jnp.int32(1))], [step(1)], 1e-6)
+    with pytest.raises(Exception, match="max=1"):
+        jax.jit(step)(jnp.int32(2))
+
+
 def test_memory_is_that_of_the_saved_states():
     """Doubling the maximum adds the saved states of the further rounds, and nothing else."""
     x = jnp.ones((64, 32))
