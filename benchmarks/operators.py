@@ -1,7 +1,7 @@
 """What do the operators cost beside the best hand-written JAX of the same computation?
 
     python benchmarks/operators.py            # about 15 minutes on two cores; the table of docs/results/operators.md
-    python benchmarks/operators.py --quick    # about a minute
+    python benchmarks/operators.py --quick    # about half a minute
 
 For each block and number of rounds, every form of `A^r` is timed in one process, in turns: a Python loop, a `lax.scan`
 and a `lax.scan` of checkpointed blocks, each written by hand and by rinsx, and rinsx with a traced number of rounds.
@@ -320,7 +320,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main(config: Config) -> None:
     if config.quick:
         config = dataclasses.replace(
-            config, rounds=(2, 16), blocks=("mlp-64x32", "attention-64x512"), turns=10, seconds=5, compilations=3
+            config, rounds=(2, 8), blocks=("mlp-64x32", "attention-64x512"), turns=5, seconds=2, compilations=2
         )
     console = Console()
     rows: list[dict[str, Any]] = []

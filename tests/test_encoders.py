@@ -307,7 +307,9 @@ def preset_row(name):
         loop = {
             "split": (half, config.image.layers - half),
             "key": jr.key(0),
-            "r": rx.Loop(rounds, gradient=rx.gradient.Full()),
+            # Rolled costs the same, and is traced once.
+            "unroll": False,
+            "r": rx.Loop(rounds, gradient=rx.gradient.Full(), unroll=False),
         }
         towers = lambda: (
             rx.models.ViT(config.image, "A^r B", **loop),
