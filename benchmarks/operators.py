@@ -1,7 +1,7 @@
 """What do the operators cost beside the best hand-written JAX of the same computation?
 
     python benchmarks/operators.py            # about 15 minutes on two cores; the table of docs/results/operators.md
-    python benchmarks/operators.py --quick    # about half a minute
+    python benchmarks/operators.py --quick    # under a minute
 
 For each block and number of rounds, every form of `A^r` is timed in one process, in turns: a Python loop, a `lax.scan`
 and a `lax.scan` of checkpointed blocks, each written by hand and by rinsx, and rinsx with a traced number of rounds.
