@@ -59,7 +59,7 @@ class Config:
     """A peer that takes longer than this to compile for a point is left out from there on."""
     policies: tuple[str, ...] = POLICIES
     """Which policies of rinsx's cache, for `A^r B`."""
-    points: tuple[str, ...] = ("96/128", "96/1024")
+    points: tuple[str, ...] = ("96/128", "96/1024", "960/1024")
     """Which prompts and capacities, as PROMPT/CAPACITY."""
     steps: int = 32
     """How many tokens are decoded; those and the prompt must fit the capacity."""
