@@ -5,7 +5,8 @@ known when the program is compiled. It is carried through all loops and written 
 through a scan as its inputs and outputs would be copied whole for every token.
 
 A position is written before it is read, so that a token attends to itself like to those before it. Reading goes through
-the filled part in chunks, so that its time does not depend on the capacity.
+the filled part in chunks, so that its time does not depend on the capacity, unless a good part of that is filled and can be
+read where it stands.
 """
 
 import dataclasses
