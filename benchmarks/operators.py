@@ -52,7 +52,7 @@ class Config:
     compilations: int = 9
     """How many times each form is compiled at the fewest and the most rounds."""
     quick: bool = False
-    """A short run of small blocks, to see that all works."""
+    """A short run of a small block, to see that all works."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs/operators")
     """Where the table, the plot and the JSON of results go."""
 
@@ -320,7 +320,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main(config: Config) -> None:
     if config.quick:
         config = dataclasses.replace(
-            config, rounds=(2, 8), blocks=("mlp-64x32", "attention-64x512"), turns=5, seconds=2, compilations=2
+            config, rounds=(2, 8), blocks=("attention-16x32",), turns=5, seconds=1, compilations=1
         )
     console = Console()
     rows: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import equinox as eqx
+import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,11 @@ import rinsx as rx
 
 
 DIM = 5
+
+
+def examples(n: int) -> hypothesis.settings:
+    """`n` examples of a property, or a part of them, as the default of 25 is set lower (tests/conftest.py)."""
+    return hypothesis.settings(max_examples=max(1, n * hypothesis.settings().max_examples // 25))
 
 
 class Noisy(eqx.Module):

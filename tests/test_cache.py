@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from jax import lax
 
 import rinsx as rx
 
 from ._naive_decoder import decode as naive
+from .helpers import examples
 
 
 WIDTH, TOKENS = 8, 7
@@ -40,7 +41,7 @@ def decoded(model, cache, tokens, sizes, counts=None):
 FORMS = [{}, {"separate": True}, {"aligned": True, "chunk": 4}, {"separate": True, "aligned": True, "chunk": 3}]
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(
     signature=st.sampled_from(["A^r B", "(A B)^r", "A B^r", "A B^r A", "(A^r B)^2", "A^r B A^r"]),
     option=st.sampled_from(["plain", "low-rank", "norm-linear", "inject", "gated"]),

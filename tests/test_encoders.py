@@ -15,9 +15,11 @@ import jax.tree_util as jtu
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 import rinsx as rx
+
+from .helpers import examples
 
 
 IMAGE = rx.models.ViTConfig(8, patch=4, width=16, layers=4, heads=4, hidden=24, classes=5, dtype="float32")
@@ -167,7 +169,7 @@ def test_patches_are_cut_row_by_row(size, rows, columns, channels, seed):
         np.testing.assert_array_equal(cut[:, n], x[:, i : i + size, j : j + size].reshape(2, -1))
 
 
-@settings(max_examples=6)  # each size compiles
+@examples(6)  # each size compiles
 @given(st.sampled_from([(4, 4), (8, 12), (16, 8)]), st.sampled_from(["learned", "sincos"]))
 def test_any_size_that_the_patch_divides(size, positions):
     config = dataclasses.replace(IMAGE, positions=positions, pool="mean", classes=None)
@@ -192,7 +194,7 @@ def test_positions_are_resized_linearly_between_patches():
     np.testing.assert_allclose(at.reshape(4, 4, 16)[..., 0], expected, atol=1e-5)
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(st.sampled_from([("A^r B", {"r": 3}), ("(A B)^r", {"r": 2}), ("A B^r", {"r": 1})]), st.integers(0, 9))
 def test_rounds_at_run_time_equal_static_ones(given_, seed):
     signature, rounds = given_
@@ -203,7 +205,7 @@ def test_rounds_at_run_time_equal_static_ones(given_, seed):
     np.testing.assert_allclose(eqx.filter_jit(deep)(model, jnp.int32(rounds["r"])), static, atol=1e-5)
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(
     st.sampled_from([(4, 4), (4, 2), (6, 3)]), st.sampled_from([(7, 7), (1, 5), (3, 8)]), st.booleans(), st.integers(0, 9)
 )  # fmt: skip

@@ -10,13 +10,13 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
 
 import rinsx as rx
 
-from .helpers import signatures
+from .helpers import examples, signatures
 
 
 count = rx.flops.count
@@ -106,7 +106,7 @@ def test_conv_block(stride):
         assert padded.total == 2 * n * cin * cout * (3 * h - 2) ** 2
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(st.integers(1, 12), dims, dims)
 def test_scan_is_its_length_times_its_body(r, batch, width):
     x, w = struct(batch, width), struct(width, width)
@@ -178,7 +178,7 @@ def test_elementwise_rules():
 #
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.lists(dims, min_size=2, max_size=5), dims, st.booleans())
 def test_linear_network_is_what_xla_counts(widths, batch, gradient):
     """Unrolled and made of contractions only, since XLA has its own idea of everything else."""
@@ -226,7 +226,7 @@ def convolutions(draw):
     return fn, struct(batch, cin, *size), struct(cout, cin // groups, *kernel)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(convolutions(), st.sampled_from([None, 0, 1]))
 def test_convolution_is_what_xla_counts(problem, argnum):
     """Strides, padding, both dilations and groups; and both gradients, which are convolutions too."""
@@ -773,7 +773,7 @@ def test_traced_rounds_cost_forward_what_static_rounds_cost(text, rounds, last):
     assert (traced.total, traced.matmul) == (fixed.total, fixed.matmul)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(signatures(depth=2), rounds)
 @example("A", {"r": 1, "s": 1, "t": 4})
 @example("A^r B", {"r": 3, "s": 1, "t": 4})
@@ -794,7 +794,7 @@ def _again(text, rounds):
     return EACH[last].matmul // 2
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.sampled_from(["A", "A B", "A^r B", "(A^r B)^s C"]), rounds, st.integers(1, 3), st.sampled_from(["r", "t"]))
 def test_truncated_gradients_cost_their_last_rounds(text, rounds, k, at):
     dynamic, static, rounds = pair(f"({text})^t", rounds, {at: k})
@@ -805,7 +805,7 @@ def test_truncated_gradients_cost_their_last_rounds(text, rounds, k, at):
     assert 0 <= more <= rounds["t"] * rounds.get("s", 1) * largest
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.integers(1, 6), st.integers(1, 8))
 def test_truncated_gradient_in_closed_form(n, k):
     """Every round forward; of the last `k`, twice that for its gradient, and all but the last of them again."""

@@ -14,9 +14,11 @@ import jax.tree_util as jtu
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 import rinsx as rx
+
+from .helpers import examples
 
 
 CONFIG = rx.models.DecoderConfig(31, width=16, layers=4, heads=4, kv_heads=2, hidden=24, context=8, dtype="float32")
@@ -103,7 +105,7 @@ def test_equals_a_reference_in_numpy(signature, tied, mlp):
     np.testing.assert_allclose(logits_of(model, row)[0], reference(model, row[0]), atol=2e-5)
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(st.integers(0, 7), st.integers(0, 30), st.sampled_from(["A B", "(A B)^r", "A^r B^s"]))
 def test_a_token_changes_no_logits_before_it(place, token, signature):
     model = decoder(signature)
@@ -115,7 +117,7 @@ def test_a_token_changes_no_logits_before_it(place, token, signature):
         assert not jnp.allclose(a[:, place], b[:, place])
 
 
-@settings(max_examples=8)  # each length compiles
+@examples(8)  # each length compiles
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=3), st.integers(0, 2**16), st.sampled_from(["A B", "A^r B"]))
 def test_a_document_is_deaf_to_the_one_before_it_bit_for_bit(lengths, seed, signature):
     texts = [
@@ -235,7 +237,7 @@ def test_the_loss_in_pieces_holds_one_piece_and_applies_the_head_once():
     )
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3)]), st.booleans())
 def test_attention_equals_that_of_jax(heads, segmented):
     q_heads, groups = heads

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 
 import rinsx as rx
 from rinsx._loop import checked_rounds
 
-from .helpers import assert_close, blocks, DIM, naive, Noisy, option, OPTIONS, signatures, value_and_grads
+from .helpers import assert_close, blocks, DIM, examples, naive, Noisy, option, OPTIONS, signatures, value_and_grads
 
 
 KEY = jr.key(7)
@@ -38,7 +38,7 @@ def small(text, rounds, most=40):
 rounds = st.fixed_dictionaries({"r": st.integers(1, 3), "s": st.integers(1, 3)})
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(signatures(), rounds, st.sampled_from(OPTIONS), st.sampled_from([None, True, False]))
 @example("A^r B", {"r": 3, "s": 1}, "all", False)
 @example("(A^r B)^s", {"r": 2, "s": 3}, "all", False)

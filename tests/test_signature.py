@@ -7,12 +7,14 @@ import random
 from collections import Counter, defaultdict
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from rinsx import _fingerprint
 from rinsx._enumerate import enumerate_signatures
 from rinsx._signature import Signature
 from rinsx._tree import Block, Power, Sequence
+
+from .helpers import examples
 
 
 LONGEST = 10**18 - 1  # the largest exponent
@@ -179,7 +181,7 @@ def test_junk_of_any_size_is_refused_in_few_words(junk, characters):
 
 
 @given(st.text(alphabet="AB1 ()^r2³0-") | st.text())
-@settings(max_examples=500)
+@examples(500)
 def test_any_text_is_read_or_refused(text):
     try:
         signature = Signature(text)
@@ -343,7 +345,7 @@ def check_normal_form(signature):
 
 
 @given(written())
-@settings(max_examples=200)
+@examples(200)
 def test_normal_form_is_idempotent_and_has_the_same_visits(case):
     tree, text = case
     signature = Signature(text)

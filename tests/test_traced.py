@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 
 import rinsx as rx
 
-from .helpers import assert_close, blocks, DIM, naive, Noisy, option, OPTIONS, signatures, value_and_grads
+from .helpers import assert_close, blocks, DIM, examples, naive, Noisy, option, OPTIONS, signatures, value_and_grads
 from .test_operators import build, inputs, KEY, rounds, small
 
 
@@ -23,7 +23,7 @@ def call(model, *args, key):
     return model(*args, key=key)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(signatures(), rounds, st.sampled_from(OPTIONS), st.sampled_from([None, 1, 2]))
 @example("(A^r B)^s", {"r": 2, "s": 3}, "all", None)
 @example("(A^r B^2)^3 C^r", {"r": 3, "s": 1}, "all", 2)
@@ -40,7 +40,7 @@ def test_traced_is_the_naive_loop(text, rounds, options, last):
         assert_close(ours, reference)
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(st.sampled_from(["A^r B", "(A^r B)^s", "A (B^s)^r C"]), rounds)
 def test_one_executable_serves_all_rounds(text, rounds):
     assume(small(text, rounds))
