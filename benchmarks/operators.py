@@ -319,9 +319,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(config: Config) -> None:
     if config.quick:
-        config = dataclasses.replace(
-            config, rounds=(2, 8), blocks=("mlp-64x32",), turns=5, seconds=1, compilations=1
-        )
+        config = dataclasses.replace(config, rounds=(2, 8), blocks=("mlp-64x32",), turns=5, seconds=1, compilations=1)
     console = Console()
     rows: list[dict[str, Any]] = []
     compiled: list[dict[str, Any]] = []

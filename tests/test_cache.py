@@ -253,7 +253,12 @@ def test_a_slot_that_is_well_filled_is_read_where_it_stands(separate):
     x = jr.normal(jr.key(8), (2, 12, 4)) / 4
     want = body(x)
     cache = rx.cache.make(body, x[:, :1], 12, chunk=2, separate=separate)
-    step = jax.jit(lambda x, cache: (s := body(rx.cache.Stream(x, cache.begin(1)))) and (s.x, s.cache.advance(1)))
+
+    @jax.jit
+    def step(x, cache):
+        state = body(rx.cache.Stream(x, cache.begin(1)))
+        return state.x, state.cache.advance(1)
+
     sizes.clear()
     # Chunks up to 4 positions, all 12 from there on.
     for i in range(12):

@@ -184,7 +184,8 @@ def test_work_is_saved_once_all_have_converged():
     assert out.lengths[0] == 1 and max(out.lengths) == 3
 
 
-@pytest.mark.parametrize(("ahead", "policy"), [(1, rx.cache.First()), (4, None)])
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("policy", [None, rx.cache.First()])
 def test_speculation_is_the_deep_models_greedy_text(ahead, policy):
     model = model_of(r=rx.Loop(3, cache=policy))
     want = G.tokens(model, PROMPTS, lengths=LENGTHS, steps=8, sampler=GREEDY)
