@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._declare import trips
 from ._lines import behind, finish, in_round
@@ -52,7 +52,7 @@ def run(node: Rounds, state: PyTree, place: Place, env: Env) -> PyTree:
 @eqx.filter_custom_vjp
 def _taped(diff, node, place):
     env, state = diff
-    env, state = _in_range(env, state, taped=False)
+    env, _ = _in_range(env, taped=False)
     (state, _), _ = _forward(node, (state, None), place, env)
     return state
 
@@ -60,23 +60,23 @@ def _taped(diff, node, place):
 @_taped.def_fwd
 def _taped_fwd(perturbed, diff, node, place):
     env, state = diff
-    env, state = _in_range(env, state, taped=True)
+    env, wrong = _in_range(env, taped=True)
     start = dataclasses.replace(place, slot=0)
     # One slot at least, since a loop of no rounds is traced all the same. Broadcast, not zeros: it keeps the
     # sharding of the state, and works for PRNG keys.
     slots = max(_slots(node, env), 1)
     tape = jtu.tree_map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), state)
     (state, tape), pull = _forward(node, (state, tape), start, env, keep=_Halves(*eqx.partition(env, perturbed[0])))
-    return state, (tape, pull)
+    return _spoil(state, wrong), (tape, pull, wrong)
 
 
 @_taped.def_bwd
 def _taped_bwd(residuals, grad, perturbed, diff, node, place):
-    tape, pull = residuals
+    tape, pull, wrong = residuals
     env, state = diff
     halves = _Halves(*eqx.partition(env, perturbed[0]))
     zero = lambda x, g: jnp.zeros_like(x) if g is None and x is not None else g
-    grad = jtu.tree_map(zero, inexact(state), grad, is_leaf=lambda x: x is None)
+    grad = _spoil(jtu.tree_map(zero, inexact(state), grad, is_leaf=lambda x: x is None), wrong)
     start = dataclasses.replace(place, slot=0)
     zeros = jtu.tree_map(jnp.zeros_like, halves.diff)
     grad, grads, _ = _backward(node, grad, zeros, start, _Walk(halves, tape), None, pull)
@@ -409,10 +409,11 @@ def _check(node: Program, env: Env) -> None:
         _check(node.body, env)
 
 
-def _in_range(env: Env, state: PyTree, taped: bool) -> tuple[Env, PyTree]:
-    """The environment and the state, with every traced number of rounds checked when the program runs.
+def _in_range(env: Env, taped: bool) -> tuple[Env, Array | None]:
+    """The environment, with every traced number of rounds checked when the program runs.
 
-    In one check, since each is a call back to the host that holds up the program.
+    In one check, since each is a call back to the host that holds up the program. Loops wait for it, since their bounds
+    come out of it. Where no loop is left, whether a number is wrong is returned: what is computed has to wait for that.
     """
     traced = [loop for loop in env.loops if loop is not None and not loop.static]
     wrong, messages = [], []
@@ -434,10 +435,17 @@ def _in_range(env: Env, state: PyTree, taped: bool) -> tuple[Env, PyTree]:
             wrong.append(rounds > slots)
             messages.append(f"{loop.name} runs past its cache, which has slots for {slots} rounds")
     every = jnp.stack(wrong)
-    # Loops wait for their bounds. Where no loop is left, the state waits.
-    checked = [loop.rounds for loop in traced], state if taped and all(loop.max == 1 for loop in traced) else None
+    unlooped = taped and all(loop.max == 1 for loop in traced)
+    checked = [loop.rounds for loop in traced], jnp.any(every) if unlooped else None
     rounds, held = eqx.branched_error_if(checked, jnp.any(every), jnp.argmax(every), messages)
     rounds = iter(rounds)
     put = lambda loop: eqx.tree_at(lambda loop: loop.rounds, loop, next(rounds))
     loops = tuple(loop if loop is None or loop.static else put(loop) for loop in env.loops)
-    return dataclasses.replace(env, loops=loops), state if held is None else held
+    return dataclasses.replace(env, loops=loops), held
+
+
+def _spoil(tree: PyTree, wrong: Array | None) -> PyTree:
+    """`tree`, not a number where `wrong`: it waits for the check, and element-wise work of what comes next hides that."""
+    if wrong is None:
+        return tree
+    return jtu.tree_map(lambda x: jnp.where(wrong, jnp.nan, x) if eqx.is_inexact_array(x) else x, tree)
