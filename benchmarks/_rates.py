@@ -15,7 +15,7 @@ class Sweeps:
 
     - `file`: the sweeps that are committed. One of the same name in the output folder comes first.
     - `same`: in what a sweep must agree with a setting.
-    - `near`: in what it should, and the first two choose the nearest.
+    - `near`: in what it should, the most telling first.
     - `shape`: what else of a setting is kept with a sweep.
     - `metric`: what of a result is looked at, `plural` its name in a sweep, and `title` that of the table.
     - `best`: `min` or `max`.
@@ -43,7 +43,7 @@ class Sweeps:
             raise SystemExit(
                 f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune first"
             )
-        far = lambda sweep: tuple(abs(sweep[name] - getattr(setting, name)) for name in self.near[:2])
+        far = lambda sweep: tuple(abs(sweep[name] - getattr(setting, name)) for name in self.near)
         nearest = min(sweeps, key=far)
         if apart := {name: nearest[name] for name in self.near if nearest[name] != getattr(setting, name)}:
             print(f"learning rates were tuned at {apart}, not at these shapes: --tune does it for these")

@@ -1,21 +1,28 @@
 """What do the operators cost beside the best hand-written JAX of the same computation?
 
-    python benchmarks/operators.py            # about 15 minutes on two cores; the table of docs/results/operators.md
+    python benchmarks/operators.py            # about 40 minutes on two cores; the table of docs/results/operators.md
     python benchmarks/operators.py --quick    # under a minute
 
 For each block and number of rounds, every form of `A^r` is timed in one process, in turns: a Python loop, a `lax.scan`
 and a `lax.scan` of checkpointed blocks, each written by hand and by rinsx, and rinsx with a traced number of rounds.
-Reported are the median over turns of the ratio of two forms in the same turn, with the quartiles: other load on the
-machine hits both. Compile time, temporary memory and lines of StableHLO stand beside them.
+Other load on the machine hits all forms of a turn, so what counts is the ratio of two forms in the same turn, and of
+those the median over turns. Where a process happens to put programs and arrays in memory moves that median by some
+percent, and no number of turns shows it. So all is done again in several fresh processes: reported are the median
+over processes and its range. Compile time, temporary memory and lines of StableHLO stand beside them, and whether XLA makes
+the same instructions of a form as of one by hand: then their ratio is 1 but for the order in which XLA schedules them.
 """
 
 import dataclasses
+import hashlib
 import json
+import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,10 +52,12 @@ class Config:
     """Numbers of rounds."""
     blocks: tuple[str, ...] = ("mlp-16x1", "mlp-64x32", "mlp-256x512", "attention-64x512", "attention-256x512")
     """Which blocks: a kind, the width, and the number of tokens."""
+    processes: int = 5
+    """In how many fresh processes all is measured."""
     turns: int = 30
-    """How many times each form is timed, in turns with the others."""
-    seconds: float = 25.0
-    """The most time that the turns of one block and number of rounds may take; at least 5 turns run."""
+    """How many times a process times each form, in turns with the others."""
+    seconds: float = 5.0
+    """The most time that the turns of one block and number of rounds may take in a process; at least 5 turns run."""
     compilations: int = 9
     """How many times each form is compiled at the fewest and the most rounds."""
     quick: bool = False
@@ -101,8 +110,8 @@ class Block(eqx.Module):
         return self.fn(self.params, x)
 
 
-def forms(block: Callable, rounds: int) -> dict[str, Callable]:
-    """`(parameters, x, rounds as an array) -> x` in every form, by hand and by rinsx."""
+def forms(block: Callable, rounds: int, most: int) -> dict[str, Callable]:
+    """`(parameters, x, rounds as an array) -> x` in every form, by hand and by rinsx; `most` is the larger tape's maximum."""
 
     def python_loop(params, x, _):
         for _ in range(rounds):
@@ -119,8 +128,8 @@ def forms(block: Callable, rounds: int) -> dict[str, Callable]:
     def ours(**options):
         return lambda params, x, _: rx.recur(Block(params, block), rx.Loop(rounds, **options))(x)
 
-    def traced(params, x, r):
-        return rx.recur(Block(params, block), rx.Loop(r, max=rounds))(x)
+    def traced(most):
+        return lambda params, x, r: rx.recur(Block(params, block), rx.Loop(r, max=most))(x)
 
     full, remat = rx.gradient.Full(), rx.gradient.Remat()
     return {
@@ -131,7 +140,8 @@ def forms(block: Callable, rounds: int) -> dict[str, Callable]:
         "rinsx rolled": ours(unroll=False, gradient=full),
         "rinsx remat": ours(unroll=False, gradient=remat),
         "rinsx default": ours(),
-        "rinsx traced": traced,
+        "rinsx traced": traced(rounds),
+        "rinsx traced of many": traced(most),
     }
 
 
@@ -141,11 +151,12 @@ PAIRS = {
     "rinsx rolled": "hand rolled",
     "rinsx remat": "hand remat",
     "rinsx traced": "hand remat",
+    "rinsx traced of many": "hand remat",
 }
 LONGEST_UNROLLED = 16
 
 
-def compile_form(fn: Callable, args: tuple) -> tuple[Callable, dict[str, float]]:
+def compile_form(fn: Callable, args: tuple) -> tuple[Callable, dict[str, Any]]:
     """The compiled form, with what compiling it took."""
     start = time.perf_counter()
     lowered = jax.jit(fn).lower(*args)
@@ -155,15 +166,28 @@ def compile_form(fn: Callable, args: tuple) -> tuple[Callable, dict[str, float]]
     memory = compiled.memory_analysis()
     temporary = 0 if memory is None else memory.temp_size_in_bytes
     facts = {"compile_s": seconds, "temporary_bytes": temporary, "stablehlo_lines": lines}
-    return compiled, facts
+    return compiled, facts | {"instructions": instructions(compiled.as_text() or "")}
+
+
+def instructions(text: str) -> str:
+    """A hash of the instructions of a compiled program: their kinds, shapes and attributes, without their names and order."""
+    named = r", (metadata|frontend_attributes|backend_config)=.*|/\*.*?\*/|%[\w.\-]+|, index=\d+"
+    lines = []
+    for line in text.splitlines():
+        name, equals, rest = line.partition(" = ")
+        if equals and "%" in name:
+            # In what order a loop carries its arrays is a matter of names too.
+            words = re.findall(r"[\w\-]+(?:\[[\d,]*\])?", re.sub(named, "", rest))
+            lines.append(" ".join(sorted(words)))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def measure(name: str, rounds: int, config: Config) -> list[dict[str, Any]]:
-    """One row for each form and direction: times in turns, and ratios turn by turn."""
+    """One row for each form and direction, of one process: times in turns, and ratios to the forms by hand turn by turn."""
     params, block, x = make_block(name)
     args = (params, x, jnp.int32(rounds))
     rows, compiled = {}, {}
-    for form, fn in forms(block, rounds).items():
+    for form, fn in forms(block, rounds, max(config.rounds)).items():
         if rounds > LONGEST_UNROLLED and form.endswith("unrolled"):
             continue
         for direction in ("forward", "gradient"):
@@ -191,13 +215,45 @@ def measure(name: str, rounds: int, config: Config) -> list[dict[str, Any]]:
     for (form, direction), row in rows.items():
         mine = times[form, direction]
         row |= {"median_s": statistics.median(mine), "turns": turn}
-        hand = [other for other, way in times if way == direction and other.startswith("hand")]
-        best = min(hand, key=lambda other: statistics.median(times[other, direction]))
-        row |= ratio("to_best_hand", mine, times[best, direction]) | {"best_hand": best}
-        twin = PAIRS.get(form)
-        if (twin, direction) in times:
-            row |= ratio("to_same_form", mine, times[twin, direction])
+        row["to"] = {
+            other: statistics.median(a / b for a, b in zip(mine, times[other, way]))
+            for other, way in times
+            if way == direction and other.startswith("hand")
+        }
     return list(rows.values())
+
+
+def pool(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of several processes as one row for each form and direction: medians over processes, and ranges of ratios."""
+    rows = []
+    for same in zip(*runs):
+        row = {key: same[0][key] for key in ("block", "rounds", "form", "direction", "stablehlo_lines", "instructions")}
+        row |= {
+            key: statistics.median(run[key] for run in same) for key in ("compile_s", "temporary_bytes", "median_s")
+        }
+        row["turns"] = [run["turns"] for run in same]
+        row["to"] = {other: [run["to"][other] for run in same] for other in same[0]["to"]}
+        rows.append(row)
+    for row in rows:
+        hand = {
+            other["form"]: other
+            for other in rows
+            if other["direction"] == row["direction"] and other["form"].startswith("hand")
+        }
+        # All forms are measured by the same one, process by process.
+        best = min(hand, key=lambda form: statistics.median(hand[form]["to"]["hand rolled"]))
+        row |= over_processes("to_best_hand", row["to"][best]) | {"best_hand": best}
+        row["instructions_of"] = [f for f, other in hand.items() if other["instructions"] == row["instructions"]]
+        if row["form"] in PAIRS and PAIRS[row["form"]] in hand:
+            row |= over_processes("to_same_form", row["to"][PAIRS[row["form"]]])
+    for row in rows:
+        del row["to"], row["instructions"]
+    return rows
+
+
+def over_processes(name: str, ratios: list[float]) -> dict[str, Any]:
+    """The median over processes, and the range, which of five processes is a 94% interval for it."""
+    return {name: statistics.median(ratios), f"{name}_range": [min(ratios), max(ratios)]}
 
 
 def compiling(name: str, config: Config) -> list[dict[str, Any]]:
@@ -209,7 +265,7 @@ def compiling(name: str, config: Config) -> list[dict[str, Any]]:
     for _ in range(config.compilations):
         for form, r in times:
             jax.clear_caches()
-            fn = forms(block, r)[form]
+            fn = forms(block, r, many)[form]
             step = jax.grad(lambda params, x, r, fn=fn: jnp.sum(fn(params, x, r) ** 2), argnums=(0, 1))
             times[form, r].append(compile_form(step, (params, x, jnp.int32(r)))[1]["compile_s"])
     return [
@@ -270,7 +326,7 @@ def counting() -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]], direction: str) -> Table:
-    out = Table(title=f"{direction}: time as a ratio, median over turns [95% interval]")
+    out = Table(title=f"{direction}: time as a ratio, median over processes [range]")
     for column in (
         "block",
         "r",
@@ -278,12 +334,14 @@ def table(rows: list[dict[str, Any]], direction: str) -> Table:
         "ms",
         "to same form by hand",
         "to best by hand",
+        "best by hand",
+        "instructions of",
         "compile s",
         "temp MiB",
         "lines",
     ):
         out.add_column(column, justify="left" if column in ("block", "form") else "right")
-    show = lambda row, name: f"{row[name]:.3f} [{row[name + '_interval'][0]:.3f}, {row[name + '_interval'][1]:.3f}]"
+    show = lambda row, name: f"{row[name]:.3f} [{row[name + '_range'][0]:.3f}, {row[name + '_range'][1]:.3f}]"
     for row in rows:
         if row["direction"] == direction:
             out.add_row(
@@ -293,6 +351,8 @@ def table(rows: list[dict[str, Any]], direction: str) -> Table:
                 f"{row['median_s'] * 1e3:.3f}",
                 show(row, "to_same_form") if "to_same_form" in row else "",
                 show(row, "to_best_hand"),
+                row["best_hand"].removeprefix("hand "),
+                ", ".join(form.removeprefix("hand ") for form in row["instructions_of"]),
                 f"{row['compile_s']:.2f}",
                 f"{row['temporary_bytes'] / 2**20:.1f}",
                 str(row["stablehlo_lines"]),
@@ -317,19 +377,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(config: Config) -> None:
-    if config.quick:
-        config = dataclasses.replace(config, rounds=(2, 8), blocks=("mlp-64x32",), turns=5, seconds=1, compilations=1)
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    compiled: list[dict[str, Any]] = []
-    for name in config.blocks:
-        for rounds in config.rounds:
-            rows += measure(name, rounds, config)
-            console.print(f"{name}, {rounds} rounds: measured")
-            jax.clear_caches()
-        compiled += compiling(name, config)
-    hardware = {
+def apart(fn: Callable, *args: Any) -> Any:
+    """`fn(*args)` in a fresh process. This one leaves the accelerator to it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(fn, *args).result()
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    return {
         "device": jax.devices()[0].device_kind,
         "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
         "machine": platform.machine(),
@@ -338,13 +394,28 @@ def main(config: Config) -> None:
         "equinox": eqx.__version__,
         "rinsx": rx.__version__,
     }
-    counted = counting()
+
+
+def main(config: Config) -> None:
+    if config.quick:
+        config = dataclasses.replace(
+            config, rounds=(2, 8), blocks=("mlp-64x32",), processes=1, turns=5, seconds=1, compilations=1
+        )
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    compiled: list[dict[str, Any]] = []
+    for name in config.blocks:
+        for rounds in config.rounds:
+            rows += pool([apart(measure, name, rounds, config) for _ in range(config.processes)])
+            console.print(f"{name}, {rounds} rounds: measured")
+        compiled += apart(compiling, name, config)
+    counted, hardware = apart(counting), apart(machine)
     config.output.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
     results = {"config": settings, "hardware": hardware, "counting": counted, "compiling": compiled, "rows": rows}
     (config.output / "operators.json").write_text(json.dumps(_rounded(results)))
     plot(rows, config.output / "operators.png")
-    wide = Console(width=170, record=True)
+    wide = Console(width=200, record=True)
     for direction in ("forward", "gradient"):
         wide.print(table(rows, direction))
     for row in compiled:
