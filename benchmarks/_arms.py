@@ -134,6 +134,11 @@ class Setting:
         return laws[self.law]()
 
 
+def judged(arm: Arm, setting: Setting) -> Arm:
+    """The arm at the rounds that it is judged at: those of a stochastic one are the most that its law has."""
+    return dataclasses.replace(arm, rounds=setting.depth_law().max) if arm.stochastic else arm
+
+
 def build(arm: Arm, setting: Setting, key: Any) -> rx.models.DecoderLM:
     """The untrained model. Arms of one key start from the same weights, layer by layer."""
     signature = rx.Signature(arm.signature)
@@ -321,8 +326,12 @@ def fit(
 ) -> rx.train.Run:
     """Trains an arm of this comparison, or of that on images, at the depths that it is trained at."""
     depth: dict[str, Any] = {}
+    programs = 1
     if arm.stochastic:
-        depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
+        law = setting.depth_law()
+        depth = {"r": [int(r) for r in law.quota(steps, jr.key(1000 + seed))]}
+        # Arms are unrolled, which a program for all depths cannot be: each depth has its own, however many there are.
+        programs = len(law.support)
     elif arm.rounds is not None:
         depth = {"r": arm.rounds}
     every_points = max(steps // setting.points, 1)
@@ -339,6 +348,7 @@ def fit(
         steps=steps,
         key=jr.key(2000 + seed),
         depth=depth,
+        specialise=programs,
         steps_per_call=max(min(most_per_call, every_points), 1),
         evaluate=evaluate,
         evaluate_every=every_points,

@@ -1,5 +1,7 @@
 """Attention over keys and values that are all there."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -8,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._check import at_least
 
 
-Segments = Int[Array, "batch t"]
+Segments = Int[Array, "*batch t"]
 
 
 def visible(
@@ -21,14 +23,14 @@ def visible(
 
 
 def attention(
-    q: Float[Array, "batch heads t dim"],
-    k: Float[Array, "batch groups s dim"],
-    v: Float[Array, "batch groups s dim"],
+    q: Float[Array, "*batch heads t dim"],
+    k: Float[Array, "*batch groups s dim"],
+    v: Float[Array, "*batch groups s dim"],
     segments: Segments | None = None,
     *,
     causal: bool = True,
     window: int | None = None,
-) -> Float[Array, "batch heads t dim"]:
+) -> Float[Array, "*batch heads t dim"]:
     """Attention of every position to itself and to earlier ones, or to all, of the same segment.
 
     On a GPU, in bfloat16 or float16, this is the flash kernel of `jax.nn.dot_product_attention`, for more than one query and
@@ -59,8 +61,8 @@ def attention(
 
     An array like `q`.
     """
-    batch, heads, t, dim = q.shape
-    groups, s = k.shape[1:3]
+    *lead, heads, t, dim = q.shape
+    groups, s = k.shape[-3:-1]
     if heads % groups != 0:
         raise ValueError(f"{heads} heads of queries cannot share {groups} heads of keys and values evenly.")
     if s != t and (causal or segments is not None):
@@ -69,24 +71,17 @@ def attention(
         at_least(1, window=window)
         if not causal:
             raise ValueError(f"a window reaches back from a position: it needs causal=True; got window={window}.")
-    same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+    if len(lead) != 1:
+        # A block may map over its batch.
+        one = lambda x: None if x is None else x.reshape(-1, *x.shape[len(lead) :])
+        return attention(*map(one, (q, k, v, segments)), causal=causal, window=window).reshape(q.shape)  # pyright: ignore
+    (batch,) = lead
     # The kernel gains nothing for a single query, and wants it sharded as the keys are.
     flash = t > 1 and dim % 8 == 0 and dim <= 128
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and flash:
-        swap = lambda x: x.swapaxes(1, 2)
-        # The window of JAX does not count oneself.
-        local = None if window is None else (window - 1, 0)
-        out = jax.nn.dot_product_attention(
-            swap(q),
-            swap(k),
-            swap(v),
-            mask=same,
-            is_causal=causal,
-            local_window_size=local,
-            implementation="cudnn",
-        )
-        return swap(out)
+        return _kernel(q, k, v, segments, causal, window)
 
+    same = None if segments is None else _same(segments, segments)
     grouped = (q * dim**-0.5).reshape(batch, groups, heads // groups * t, dim)
     scores = jnp.einsum("bgtd,bgsd->bgts", grouped, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
     mask = same if same is None else same[:, :, None]
@@ -102,3 +97,35 @@ def attention(
     whole = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("bgts,bgsd->bgtd", weights.astype(v.dtype), v, preferred_element_type=whole.dtype)
     return (out / whole).reshape(batch, heads, t, dim).astype(q.dtype)
+
+
+def _same(queries: Segments, keys: Segments) -> Bool[Array, "batch 1 t s"]:
+    """Which keys are of the document of a query."""
+    return queries[:, None, :, None] == keys[:, None, None, :]
+
+
+def _kernel(q, k, v, segments, causal: bool, window: int | None, implementation: Any = "cudnn"):
+    """The same by the flash kernel. Its gradient wants an even number of positions: an odd one is filled up by one that
+    nobody sees."""
+    t, s = q.shape[2], k.shape[2]
+    fill = lambda x, axis, value=0: jnp.pad(
+        x, [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)], constant_values=value
+    )
+    mask = None
+    if segments is not None:
+        segments = fill(segments, 1, -1)
+        mask = _same(segments, segments)
+    elif s % 2 and not causal:
+        mask = jnp.broadcast_to(jnp.arange(s + 1) < s, (1, 1, t + t % 2, s + 1))
+    swap = lambda x: fill(x, 2).swapaxes(1, 2)
+    out = jax.nn.dot_product_attention(
+        swap(q),
+        swap(k),
+        swap(v),
+        mask=mask,
+        is_causal=causal,
+        # The window of JAX does not count oneself.
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return out.swapaxes(1, 2)[:, :, :t]

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from ._handle import Stream
 from ._lines import behind, check_layout, finish, in_round, most_of
 from ._loop import limit
-from ._program import Builder, opens, origin, Rounds, Seq, sequence, tally
+from ._program import Builder, loops_in, opens, origin, Rounds, Seq, sequence, tally
 from ._recur import Recursion, splice
 from ._run import run
 from ._visit import as_state, begin, Opening, without_cache
@@ -39,10 +39,11 @@ def converge(
     program = splice(recursion, builder)
     parts = program.parts if isinstance(program, Seq) else (program,)
     numbers = [i for i, p in enumerate(parts) if isinstance(p, Rounds) and _name(p, builder) == until.loop]
-    if len(numbers) != 1:
+    often = sum(_name(p, builder) == until.loop for p in loops_in(program))
+    if len(numbers) != 1 or often != 1:
         raise ValueError(
             f"rounds can be run until they converge in a loop that stands once in the signature, with no loop around it; "
-            f"{recursion.signature} has {len(numbers)} such loops named {until.loop}"
+            f"{recursion.signature} has {often} loops named {until.loop}, {len(numbers)} of them with no loop around"
         )
     if not state.cache.layout.stops:
         raise ValueError("sequences stop at different rounds: make the cache with stops=True")
@@ -74,7 +75,7 @@ def converge(
 
     def round_(state, i):
         opening = Opening(node.loop, i, entry) if opens(loop) else None
-        return run(node.body, state, in_round(inside.after(each, i), node, env, i), env, opening=opening)
+        return run(node.body, state, in_round(inside.after(each, i), node, env, i, stops=True), env, opening=opening)
 
     def after_loop(state):
         return state if rest is None else run(rest, state, beyond, env)

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from ._attend import attention, visible
 from ._cache import Cache, cut, cut_marks, read, replaced, scalar, Shelf, start_of, write
-from ._handle import AbstractHandle, only_causal, Stream
+from ._handle import AbstractHandle, only_causal, Plain, Stream
 
 
 # An array of a slot that is filled by more than a third is read whole, for a few tokens: to copy a chunk takes about three times
@@ -35,6 +35,7 @@ class Line(AbstractHandle):
     block: int = eqx.field(static=True)
     width: int = eqx.field(static=True)
     appended: bool = eqx.field(static=True, default=False)
+    plain: Plain | None = None
 
     @staticmethod
     def of(cache: Cache, block: int, width: int, slot: Any, before: Any, writes: Any) -> "Line":
@@ -87,7 +88,7 @@ class Line(AbstractHandle):
                 f"{what} attends, and returned its state with a handle from before that: return cache.close(x), with "
                 "the `cache` that attend or append has returned"
             )
-        return dataclasses.replace(self, appended=False)
+        return dataclasses.replace(self, appended=False, plain=None)
 
     def all_done(self) -> "Line":
         """The handle of a stack whose layers are all done."""
@@ -96,7 +97,6 @@ class Line(AbstractHandle):
     def attend(self, q, k, v, *, segments=None, causal=True, window=None):
         layout = self.cache.layout
         if self.width == 0:
-            # A block that shares nothing, in a forward pass of all positions.
             return attention(q, k, v, segments, causal=causal, window=window), self
         only_causal(causal)
         if segments is not None and not layout.whole:
@@ -115,6 +115,9 @@ class Line(AbstractHandle):
         return lax.dynamic_index_in_dim(buffers, scalar(self.slot), -4, keepdims=False)
 
     def append(self, k, v, *, window=None):
+        if self.width == 0:
+            # A block that shares nothing, in a forward pass of all positions.
+            return dataclasses.replace(self, plain=Plain(k, v))
         shelf = self._shelf(window)
         if self.width != 1:
             raise ValueError(
@@ -187,6 +190,8 @@ class Line(AbstractHandle):
         return shelf
 
     def fold(self, step, carry, *, window=None):
+        if self.plain is not None:
+            return self.plain.fold(step, carry, window=window)
         shelf, cache, layout = self._shelf(window), self.cache, self.cache.layout
         at = start_of(cache)[..., None] + jnp.arange(cache.tokens(), dtype=jnp.int32)
         size = min(layout.chunk, shelf.positions)

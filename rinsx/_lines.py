@@ -43,21 +43,26 @@ def behind(place: Place, node: Program, env: Env) -> Place:
     """The place with the slots of what comes behind `node`."""
     if place.lines is None:
         return place
-    first = tuple(a + b for a, b in zip(place.lines.first, taken(node, env)))
-    return dataclasses.replace(place, lines=place.lines._replace(first=first))
+    first, before, writes = place.lines
+    step = lambda slots: None if slots is None else tuple(a + b for a, b in zip(slots, taken(node, env)))
+    return dataclasses.replace(place, lines=Lines(step(first), step(before), writes))  # pyright: ignore[reportArgumentType]
 
 
-def in_round(place: Place, node: Rounds, env: Env, i: Count) -> Place:
-    """The place, of the loop's entry, with the slots of round `i`."""
+def in_round(place: Place, node: Rounds, env: Env, i: Count, stops: bool = False) -> Place:
+    """The place, of the loop's entry, with the slots of round `i`. If sequences may stop before a round of this loop, also with
+    those that they keep; loops inside move both alike."""
     if place.lines is None:
         return place
     policy, each = policy_of(node, env), taken(node.body, env)
-    first, _, writes = place.lines
-    at = lambda slot: tuple(a + slot * n if n else a for a, n in zip(first, each))
+    first, before, writes = place.lines
+    at = lambda slots, slot: tuple(a + slot * n if n else a for a, n in zip(slots, each))
     here = policy.writes(i)
     both = here if writes is True else writes if here is True else False if here is False else writes & here
-    before = at(policy.slot(i - 1)) if env.layout.stops else None  # pyright: ignore[reportOptionalMemberAccess]
-    return dataclasses.replace(place, lines=Lines(at(policy.slot(i)), before, both))
+    if stops:
+        before = at(first, policy.kept(i))
+    elif before is not None:
+        before = at(before, policy.slot(i))
+    return dataclasses.replace(place, lines=Lines(at(first, policy.slot(i)), before, both))
 
 
 def finish(state: PyTree, place: Place, node: Rounds, env: Env, total: Count) -> PyTree:
@@ -77,12 +82,31 @@ def finish(state: PyTree, place: Place, node: Rounds, env: Env, total: Count) ->
 
 
 def check_layout(node: Program, env: Env) -> None:
-    """Refuses rounds that the cache has no slots for, where they are known."""
-    if env.layout is None or isinstance(node, Visit):
+    """Refuses a cache that was made for other blocks or policies, and rounds that it has no slots for, where they are known."""
+    if env.layout is None:
+        return
+    shelves = env.layout.shelves
+    has = {s.name: s.slots for s in shelves if s is not None}
+    names = {name for name, s in zip(env.names, shelves) if s is not None}
+    if len(shelves) == len(env.names) and names == set(has):
+        wants = {name: n for name, s, n in zip(env.names, shelves, taken(node, env)) if s is not None}
+        if wants == has:
+            return _check_rounds(node, env)
+        problem = f"takes {wants} slots with its policies"
+    else:
+        problem = f"has the blocks {', '.join(env.names)}"
+    raise ValueError(
+        f"this cache was not made for this recursion: it has {has} slots by blocks, and the recursion {problem}. Make a "
+        "cache from the model that decodes, and set policies (rx.cache.with_policy) before that"
+    )
+
+
+def _check_rounds(node: Program, env: Env) -> None:
+    if isinstance(node, Visit):
         return
     if isinstance(node, Seq):
         for part in node.parts:
-            check_layout(part, env)
+            _check_rounds(part, env)
         return
     rounds, most = number_of_rounds(node, env), most_of(node, env)
     if isinstance(rounds, int) and most is not None and rounds > most:
@@ -91,4 +115,4 @@ def check_layout(node: Program, env: Env) -> None:
             f"{loop.name} of {rounds} rounds runs past its cache, which has slots for {most}: bind "
             f"{loop.name}=rx.Loop(..., max={rounds}) before the cache is made"
         )
-    check_layout(node.body, env)
+    _check_rounds(node.body, env)

@@ -7,7 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 from ._cache import Cache, Layout, Shelf
 from ._check import at_least
@@ -68,7 +70,7 @@ def new_cache(
         None if k is None else Shelf(n, k.width, 0, 0, None if whole else k.window, separate and i not in moving)
         for i, (n, k) in enumerate(zip(builder.names, kept))
     )
-    all_windows = all(k is None or k.window is not None for k in kept)
+    all_windows = not whole and all(k is None or k.window is not None for k in kept)
     layout = Layout(
         shells, most, None if all_windows else capacity, chunk, piece, aligned, unfilled, stops, trusted, whole
     )
@@ -95,7 +97,7 @@ def new_cache(
             room = -(-room // chunk) * chunk
         shelves.append(Shelf(shell.name, k.width, n, room, shell.window, shell.separate))
         apart = shell.separate
-        zeros = lambda slots, dim, k=k: jnp.zeros((*lead, *slots, k.groups, room, dim), k.dtype)
+        zeros = lambda slots, dim, k=k, room=room: _empty((*lead, *slots, k.groups, room, dim), k, whole)
         buffers = lambda dim: tuple(zeros((), dim) for _ in range(n)) if apart else zeros((n,), dim)
         keys.append(buffers(k.key_dim))
         values.append(buffers(k.value_dim))
@@ -123,6 +125,16 @@ class _Kept(eqx.Module):
     value_dim: int = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
+    sharding: Any = eqx.field(static=True)
+
+
+def _empty(shape: tuple[int, ...], kept: _Kept, whole: bool) -> Array:
+    """Room for keys or values, in all of a pass shared out over devices as the keys are, where their types say how."""
+    if not whole or not any(kept.sharding.spec):
+        return jnp.zeros(shape, kept.dtype)
+    batch, rest = kept.sharding.spec[:-3], kept.sharding.spec[-3:]
+    spec = PartitionSpec(*batch, *(None,) * (len(shape) - len(kept.sharding.spec)), *rest)
+    return lax.full(shape, 0, kept.dtype, sharding=NamedSharding(kept.sharding.mesh, spec))
 
 
 class _Notes:
@@ -158,7 +170,9 @@ class _Listener(AbstractHandle):
     def append(self, k, v, *, window=None):
         *batch, groups, t, key_dim = k.shape
         if self.counts:
-            kept = _Kept(self.times, tuple(batch), t, groups, key_dim, v.shape[-1], k.dtype, window)
+            kept = _Kept(
+                self.times, tuple(batch), t, groups, key_dim, v.shape[-1], k.dtype, window, jax.typeof(k).sharding
+            )
             self.notes.heard.append(kept)
         return self
 
@@ -181,7 +195,7 @@ class _Listener(AbstractHandle):
 
 
 def _ask(block: Any, name: str, x: PyTree, args: tuple, kwargs: dict[str, Any]) -> _Kept | None:
-    """What a block keeps at each visit, from tracing it once, without its key."""
+    """What a block keeps at each visit, from tracing it once."""
     notes = _Notes()
 
     def listen(block, x, args, kwargs):

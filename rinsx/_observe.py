@@ -16,6 +16,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import PyTree
 
+from ._handle import Stream
 from ._program import Env, loop_of, Program, Rounds, used
 
 
@@ -44,6 +45,10 @@ class Notes:
     heads: list[tuple[str, Seen]] = field(default_factory=list)
 
     def name(self, state: PyTree) -> tuple[PyTree, Seen]:
+        if isinstance(state, Stream):
+            # Keys and values are no part of what a round hands on.
+            x, seen = self.name(state.x)
+            return Stream(x, state.cache), seen
         leaves, structure = jtu.tree_flatten(state)
         leaves = [_name(leaf, tag(self.states, i)) for i, leaf in enumerate(leaves)]
         seen = Seen(self.states, structure, tuple(leaf.ndim for leaf in leaves))

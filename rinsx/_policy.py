@@ -31,6 +31,10 @@ class AbstractPolicy(eqx.Module):
     def writes(self, i: Any) -> Any:
         """Whether round `i` writes its keys and values; if not, it reads what an earlier round has written."""
 
+    def kept(self, i: Any) -> Any:
+        """The slot whose content a sequence that stopped before round `i` has in the slot of that round."""
+        return self.slot(i - 1)
+
 
 class PerVisit(AbstractPolicy):
     """One slot for each round: nothing is shared. This is the default, and plain attention in training.
@@ -154,3 +158,9 @@ class Last(AbstractPolicy):
 
     def writes(self, i):
         return True
+
+    def kept(self, i):
+        # From round k on, what stands there is one of its own last rounds.
+        if isinstance(i, int):
+            return i - 1 if i < self.k else self.slot(i)
+        return jnp.where(i < self.k, i - 1, self.slot(i))

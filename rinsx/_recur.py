@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._cache import Cache
 from ._handle import Stream
 from ._lines import check_layout
 from ._loop import Loop, Rounds
@@ -67,13 +68,17 @@ class Recursion(eqx.Module):
                     "rx.cache.make. A forward pass of all positions, as in training, needs a parallel one, such as rx.cache.First()"
                 )
         # Rounds share keys and values: a cache of this pass alone brings them from round to round.
-        side = {name: value for name, value in kwargs.items() if name != "key"}
-        cache = new_cache(builder, program, state, None, args, side, whole=True)
+        cache = new_cache(builder, program, state, None, args, kwargs, whole=True, aligned=True, trusted=True)
         t: Any = cache.capacity
         return _run(program, builder, Stream(state, cache.begin(t)), args, kwargs).x
 
 
 def _run(program: Program, builder: Builder, state: PyTree, args: tuple, kwargs: dict[str, Any]) -> PyTree:
+    if isinstance(state, Stream) and not isinstance(state.cache, Cache):
+        raise ValueError(
+            "a recursion inside a block was given the state of the block, with a cache: compose it with the others, so that its "
+            "visits have slots too, or call it on the x of x, cache = rx.cache.open(state)"
+        )
     env = builder.env(args, kwargs, state.cache.layout if isinstance(state, Stream) else None)
     check_layout(program, env)
     return run(program, state, origin(env), env)

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from . import _observe
 from ._handle import Stream
 from ._loop import Loop, Rounds as LoopRounds
+from ._policy import PerVisit
 from ._program import Builder, loops_in, opens, origin, Program, Rounds, tally, used, Visit
 from ._recur import bind, refuse_shared
 from ._run import run
@@ -111,6 +112,8 @@ class Slot(eqx.Module):
             raise ValueError("a rewired model has no slots for a cache: it keeps its own, or none")
         heads, tails = self.rewired.edges(self.index)
         builder, _ = self.rewired.program()
+        for loop in builder.loops:
+            _refuse_policy(loop)
         env = builder.env(args, kwargs)
         if env.key is not None:
             # The layer splits the model's own key; further rounds draw from elsewhere, or the two could meet.
@@ -127,6 +130,14 @@ class Slot(eqx.Module):
             place = origin(env).after(tally(node.body, env))
             state = run(Rounds(node.body, node.fixed, node.loop, first=1), state, place, env)
         return state
+
+
+def _refuse_policy(loop: Loop) -> None:
+    if loop.cache is not None and not isinstance(loop.cache, PerVisit):
+        raise ValueError(
+            f"loop {loop.name} has the policy {loop.cache}, which a rewired model cannot have: its layers attend as they always did, "
+            "and know of no cache to share. Use rx.compose on blocks that call rx.cache.open"
+        )
 
 
 def _layer(layer: Callable) -> str:
@@ -218,6 +229,7 @@ def rewire(
                 f"loop {name} has an injection or a start state, which a rewired model cannot have: its first round is run by the "
                 "model, and the state that entered it is gone when the further rounds run. Use rx.compose on the layers"
             )
+        _refuse_policy(loop)
     sizes = _split(len(layers), text, split)
     rewired = Rewired(layers, bound, signature, signature.tree, tuple(it.accumulate(sizes)))
     return eqx.tree_at(target, model, rewired, is_leaf=lambda node: node is found)

@@ -154,7 +154,9 @@ class Stack(eqx.Module):
         """
         if depth < 1:
             raise ValueError(f"Stack needs at least one layer, got depth={depth}")
-        keys = key if key.shape == (depth,) else jr.split(key, depth)
+        # A raw key, such as that of `jr.PRNGKey`, has a shape of its own.
+        many = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == (depth,)
+        keys = key if many else jr.split(key, depth)
         shell = eqx.filter_eval_shape(lambda: Stack([layer(keys[0])] * depth, **options))
         return eqx.tree_at(lambda stack: stack.layers, shell, eqx.filter_vmap(layer)(keys))
 

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from ._declare import trips
+from ._handle import Stream
 from ._lines import behind, finish, in_round
 from ._loop import limit
 from ._program import (
@@ -194,9 +195,10 @@ def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, openin
     total, kept = _kept(node, env)
     each, slots = tally(node.body, env), _slots(node.body, env)
     inside = place.entered(node.loop)
-    entry = None
+    entered = entry = None
     if _keeps_entry(node, env):
-        entry = _read(walk.tape, place.slot)
+        entered = _read(walk.tape, place.slot)
+        entry = without_cache(entered)
         inside = _skip(inside, 1)
 
     def one(carry, j, pull=None):
@@ -222,7 +224,7 @@ def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, openin
     number = node.loop
     if number is not None and node.first == 0 and has_start(loop):
         halves = walk.halves
-        given, kept_as = eqx.partition(entry, eqx.is_inexact_array)
+        given, kept_as = eqx.partition(entered, eqx.is_inexact_array)
 
         def start(part, given):
             env = _with_loop(halves.rest, number, eqx.combine(part, halves.rest.loops[number]))
@@ -231,6 +233,9 @@ def _backward(node: Program, grad, grads: Env, place: Place, walk: _Walk, openin
         _, pull = jax.vjp(start, halves.diff.loops[number], given)
         part, grad = pull(grad)
         grads = _with_loop(grads, number, _add(grads.loops[number], part))
+    if isinstance(grad, Stream) and grad_entry is not None:
+        # What a loop is entered with is kept without its cache.
+        grad_entry = Stream(grad_entry.x, jtu.tree_map(jnp.zeros_like, grad.cache))
     return _add(grad, grad_entry), grads, None
 
 
@@ -422,7 +427,9 @@ def _in_range(env: Env, taped: bool) -> tuple[Env, Array | None]:
             continue
         rounds: Any = loop.rounds
         most = limit(loop)
-        wrong.append(rounds < 1)
+        # So that the accounting knows of this loop, whatever is left of it.
+        with trips(loop.name or "rounds"):
+            wrong.append(rounds < 1)
         messages.append(f"{loop.name} must be at least 1 round")
         if most is not None:
             wrong.append(rounds > most)

@@ -454,3 +454,16 @@ def test_sharded_over_the_batch():
     cache = jax.device_put(cache, over)
     got, cache = decoded(model, cache, jax.device_put(PROMPT, over), (4, 1, 2))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, late = model_of(r=3), model_of("A B^r", r=3)
+    first = rx.cache.with_policy(model, r=rx.cache.First())
+    for cache, other, has, wants in (
+        (first.cache(2, TOKENS), model, "'A': 1, 'B': 1", "'A': 3, 'B': 1"),
+        (model.cache(2, TOKENS), first, "'A': 3, 'B': 1", "'A': 1, 'B': 1"),
+        (model.cache(2, TOKENS), late, "'A': 3, 'B': 1", "'A': 1, 'B': 3"),
+        (model.cache(2, TOKENS), model_of("A C^r", r=3), "'A': 3, 'B': 1", "blocks A, C"),
+    ):
+        with pytest.raises(ValueError, match=f"not made for this recursion: it has .*{has}.*{wants}"):
+            other.decode(PROMPT, cache)

@@ -860,6 +860,17 @@ def test_scopes_of_blocks_survive_traced_rounds():
     assert batched.matmul == 7 * (EACH["A"].matmul + EACH["B"].matmul)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_trips_of_at_most_one_round_are_named_all_the_same(most):
+    model = rx.recur(rx.lift(jnp.sin), rx.Loop(1, max=most))
+    step = jax.grad(lambda x, r: jnp.sum(rx.with_rounds(model, r=r)(x)))
+    one = rx.flops.count(step, struct(4), struct(dtype=jnp.int32), trips={"r": 1})
+    with pytest.raises(ValueError, match="no loop that is counted is named 'q'"):
+        rx.flops.count(step, struct(4), struct(dtype=jnp.int32), trips={"r": 1, "q": 1})
+    static = rx.flops.count(jax.grad(lambda x: jnp.sum(rx.with_rounds(model, r=1)(x))), struct(4))
+    assert one.by_primitive()["cos"] == static.by_primitive()["cos"] > 0
+
+
 @pytest.mark.parametrize("text", ["A^r", "(A^r B)^s C"])
 def test_traced_gradients_under_transformations(text):
     """A batch costs its size, and what is rematerialised around the loop runs forward once more."""

@@ -158,6 +158,27 @@ def test_converging_does_not_depend_on_the_batch(criterion):
     assert 2 <= int(together.rounds[:, 1:].min()) < int(together.rounds[:, 1:].max())
 
 
+@pytest.mark.parametrize(
+    "signature, layers, loop",
+    [("(A B^2)^r A", 2, rx.Loop(2)), ("A (B C^s)^r", 3, rx.Loop(2)), ("A^r B", 2, rx.Loop(2, cache=rx.cache.Last(2)))],
+)
+def test_slots_of_a_sequence_that_has_converged_do_not_depend_on_the_batch(signature, layers, loop):
+    config = rx.models.DecoderConfig(11, 8, layers, 2, kv_heads=1, hidden=16, context=16, dtype="float32")
+    loops = {"r": loop, "s": 2} if "s" in signature else {"r": loop}
+    model = rx.models.DecoderLM(config, signature, key=jr.key(0), **loops)
+    # So that rounds differ.
+    model = jax.tree.map(lambda x: 3 * x if eqx.is_array(x) and x.ndim >= 2 else x, model)
+    rounds = G.Until(G.StateChange(0.3), most=5)
+    run = lambda prompts: G.tokens(model, prompts, steps=6, sampler=GREEDY, rounds=rounds)
+    prompts = jr.randint(jr.key(9), (4, 4), 0, 11)
+    together = run(prompts)
+    assert len(set(np.ravel(together.rounds).tolist())) > 1
+    for b in range(4):
+        alone = run(prompts[b : b + 1])
+        assert alone.rounds[0].tolist() == together.rounds[b].tolist()
+        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[b], atol=2e-3)
+
+
 def test_work_is_saved_once_all_have_converged():
     # A block that counts its visits on the host.
     calls = []

@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import re
+import types
 from pathlib import Path
 
 import equinox as eqx
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given
 
 import rinsx as rx
+import rinsx._attend
 
 from .helpers import examples
 
@@ -216,6 +218,18 @@ def test_the_loss_in_pieces_is_the_loss(t, piece):
             np.testing.assert_allclose(a, 3 * b, atol=1e-4)
 
 
+@pytest.mark.parametrize("piece", [200, 10**6])
+@pytest.mark.parametrize("dtype", [bool, jnp.int32, jnp.bfloat16])
+def test_the_loss_takes_weights_of_any_kind(piece, dtype):
+    hidden, head = jr.normal(jr.key(0), (2, 8, 6)), jr.normal(jr.key(1), (6, 11))
+    weights = jnp.arange(16).reshape(2, 8) % 3 > 0
+    loss = lambda hidden, weights: rx.nn.cross_entropy(hidden, head, jnp.zeros((2, 8), int), weights, piece=piece)
+    total, count = loss(hidden, weights.astype(dtype))
+    assert total.dtype == count.dtype == jnp.float32 and count == weights.sum()
+    slope = lambda weights: jax.grad(lambda hidden: loss(hidden, weights)[0])(hidden)
+    np.testing.assert_allclose(slope(weights.astype(dtype)), slope(weights.astype(jnp.float32)), rtol=1e-5)
+
+
 def test_the_loss_in_pieces_holds_one_piece_and_applies_the_head_once():
     batch, t, width, vocab = 2, 64, 16, 1000
     args = [
@@ -249,6 +263,41 @@ def test_attention_equals_that_of_jax(heads, segmented):
     theirs = jax.jit(ft.partial(jax.nn.dot_product_attention, is_causal=True))
     expected = swap(theirs(swap(q), swap(k), swap(v), mask=mask))
     np.testing.assert_allclose(jax.jit(rx.nn.attention)(q, k, v, segments), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("t, s", [(7, 7), (8, 8), (7, 5), (6, 5), (7, 6)])
+@pytest.mark.parametrize(
+    "causal, segmented, window", [(True, False, None), (True, True, None), (True, False, 3), (False, False, None)]
+)
+def test_what_is_given_to_the_kernel_is_of_even_length(t, s, causal, segmented, window):
+    """The kernel of a GPU refuses gradients of odd lengths: here its stand-in is given the same arrays."""
+    if s != t and causal:
+        return
+    of = lambda i, heads, n: jr.normal(jr.key(i), (2, heads, n, 8))
+    q, k, v = of(0, 4, t), of(1, 2, s), of(2, 2, s)
+    segments = jnp.arange(t) // 3 * jnp.ones((2, 1), jnp.int32) if segmented else None
+    lengths = []
+
+    def stand_in(q, k, v, **options):
+        lengths.extend((q.shape[1], k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, **(options | {"implementation": "xla"}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        theirs = types.SimpleNamespace(**{**vars(jax.nn), "dot_product_attention": stand_in})
+        patch.setattr(rinsx._attend, "jax", types.SimpleNamespace(**{**vars(jax), "nn": theirs}))
+        out = rinsx._attend._kernel(q, k, v, segments, causal, window)
+    assert not any(n % 2 for n in lengths)
+    np.testing.assert_allclose(out, rx.nn.attention(q, k, v, segments, causal=causal, window=window), atol=1e-5)
+
+
+def test_weights_are_float32_where_the_default_is_not():
+    with jax.enable_x64(True):
+        parts = (
+            rx.models.DecoderLM(CONFIG, "A B", key=jr.key(0)),
+            rx.nn.LayerNorm(4),
+            rx.nn.Linear(4, 4, bias=True, key=jr.key(0)),
+        )
+        assert {x.dtype for x in jax.tree.leaves(eqx.filter(parts, eqx.is_inexact_array))} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", rx.models.presets)

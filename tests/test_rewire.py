@@ -193,6 +193,11 @@ def test_what_cannot_be_rewired_is_refused():
         rx.rewire(model, where, "A^r B A", r=2, split=(2, 2, 2))
     with pytest.raises(ValueError, match="injection or a start state"):
         rx.rewire(model, where, "A^r B", r=rx.Loop(2, inject=rx.injection.Add()))
+    with pytest.raises(ValueError, match=r"loop r has the policy First\(\), which a rewired model cannot have"):
+        rx.rewire(model, where, "A^r B", r=rx.Loop(2, cache=rx.cache.First()))
+    rewired = rx.cache.with_policy(rx.rewire(model, where, "A^r B", r=2), r=rx.cache.Last())
+    with pytest.raises(ValueError, match=r"loop r has the policy Last\(k=1\)"):
+        rewired(jnp.ones(6), KEY)
     with pytest.raises(TypeError, match="got Zipped"):
         rx.rewire(model, lambda m: m, "A^r B", r=2)
     with pytest.raises(ValueError, match="exponent r, which was not given"):

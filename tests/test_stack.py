@@ -38,6 +38,9 @@ def test_make_is_the_stack_of_the_layers():
     made = rx.nn.Stack.make(Noisy, 6, key=KEY, gradient=rx.gradient.Remat())
     assert eqx.tree_equal(made, rx.nn.Stack([Noisy(key) for key in KEYS], gradient=rx.gradient.Remat()))
     assert rx.nn.Stack.make(Noisy, 1, key=KEY).depth == 1
+    # A raw key of two numbers is one key.
+    raw = rx.nn.Stack.make(lambda key: Noisy(jr.wrap_key_data(key)), 2, key=jr.PRNGKey(0))
+    assert raw.depth == 2 and not jnp.array_equal(*raw.layers.weight)
 
 
 def test_one_layer_is_compiled():

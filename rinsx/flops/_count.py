@@ -135,8 +135,12 @@ class _Walker:
                 continue
             stack = str(eqn.source_info.name_stack)
             scope, phase = place(stack)
+            here = declared(stack, outer)
+            if here.trips is not None:
+                # Also where no loop is left: one of at most a single round is none.
+                self.named.add(here.trips[0])
             self.path.append(eqn)
-            parts, live_ins = self._equation(eqn, live_outs, declared(stack, outer))
+            parts, live_ins = self._equation(eqn, live_outs, here)
             self.path.pop()
             for part, factor in parts:
                 for (inner, inner_phase, name, kind), amount in part.items():
@@ -237,7 +241,6 @@ class _Walker:
         if value.isdecimal():
             trips = int(value)
         else:
-            self.named.add(value)
             if value not in self.trips:
                 self.missing.setdefault(value, self._where())
             trips = self.trips.get(value, 0)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 
 # Of logits at once. Smaller pieces make the matrix products of an accelerator inefficient.
@@ -16,7 +16,7 @@ def cross_entropy(
     hidden: Float[Array, "batch t width"],
     head: Float[Array, "width tokens"],
     targets: Int[Array, "batch t"],
-    weights: Float[Array, "batch t"],
+    weights: Shaped[Array, "batch t"],
     *,
     piece: int = _PIECE,
 ) -> tuple[Scalar, Scalar]:
@@ -41,7 +41,7 @@ def cross_entropy(
     - `hidden`: what the head is applied to, of any floating dtype; products are taken in it and added up in float32.
     - `head`: the matrix that makes logits.
     - `targets`: the right tokens, in range: this is not checked.
-    - `weights`: how much each counts; 0 leaves it out.
+    - `weights`: how much each counts, in float32 or what becomes it, such as a mask; 0 leaves it out.
     - `piece`: the most bytes of float32 logits at once.
 
     **Returns:**
@@ -51,6 +51,7 @@ def cross_entropy(
     if piece < 1:
         raise ValueError(f"`piece` is a number of bytes, at least 1; got {piece}.")
     batch, t, _ = hidden.shape
+    weights = jnp.asarray(weights, jnp.float32)
     length = max(min(t, piece // (4 * batch * head.shape[1])), 1)
     if length == t:
         total = _loss(hidden, head, targets, weights)

@@ -38,7 +38,7 @@ class Linear(eqx.Module):
         """
         at_least(1, inputs=inputs, outputs=outputs)
         self.weight = normal(key, (inputs, outputs), scale * inputs**-0.5)
-        self.bias = jnp.zeros(outputs) if bias else None
+        self.bias = jnp.zeros(outputs, jnp.float32) if bias else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """The product and the bias, in the dtype of `x`."""
@@ -108,7 +108,7 @@ class RMSNorm(eqx.Module):
         - `epsilon`: added to the mean square.
         """
         at_least(1, width=width)
-        self.scale = jnp.ones(width)
+        self.scale = jnp.ones(width, jnp.float32)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -146,8 +146,8 @@ class LayerNorm(eqx.Module):
         - `epsilon`: added to the variance.
         """
         at_least(1, width=width)
-        self.scale = jnp.ones(width)
-        self.bias = jnp.zeros(width)
+        self.scale = jnp.ones(width, jnp.float32)
+        self.bias = jnp.zeros(width, jnp.float32)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -161,4 +161,4 @@ class LayerNorm(eqx.Module):
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
     """Weights of a standard deviation, none beyond three of them."""
     # Cutting a normal distribution at three deviations leaves 0.9866 of its deviation.
-    return jr.truncated_normal(key, -3.0, 3.0, shape) * (deviation / 0.98658)
+    return jr.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) * (deviation / 0.98658)
