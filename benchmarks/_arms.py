@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+import glob
 import hashlib
 import json
 import pathlib
@@ -234,9 +235,27 @@ def load(setting: Setting) -> Data:
 def _source(paths: tuple[str, ...], field: str) -> rx.data.AbstractSource:
     if not paths:
         return rx.data.stdlib()
-    if all(".jsonl" in pathlib.Path(path).name for path in paths):
-        return rx.data.jsonl(*paths, field=field)
-    return rx.data.text(*paths)
+    files = [file for path in paths for file in _files(path)]
+    lines = [file for file in files if {".jsonl", ".ndjson"} & set(file.suffixes)]
+    if not lines:
+        return rx.data.text(*paths)
+    if others := [file for file in files if file not in lines]:
+        pattern = str(lines[0].with_name("*" + "".join(lines[0].suffixes)))
+        raise ValueError(
+            f"a corpus is of JSON lines or of text files, not of both; got {lines[0]} and {others[0]}: name files of one kind, as "
+            f"{pattern!r} does"
+        )
+    return rx.data.jsonl(*lines, field=field)
+
+
+def _files(path: str) -> list[pathlib.Path]:
+    """What a path, folder or pattern stands for, as `rx.data.text` reads it; a path by itself where there is nothing."""
+    folder = pathlib.Path(path)
+    if folder.is_dir():
+        shown = lambda file: not any(part[0] == "." for part in file.relative_to(folder).parts)
+        return sorted(file for file in folder.rglob("*") if file.is_file() and shown(file))
+    found = [] if folder.exists() else glob.glob(path, recursive=True)
+    return [file for file in map(pathlib.Path, found) if file.is_file()] or [folder]
 
 
 def nats_and_bytes(model, batch, key):
