@@ -135,6 +135,11 @@ class Setting:
         return laws[self.law]()
 
 
+def judged(arm: Arm, setting: Setting) -> Arm:
+    """The arm at the rounds that it is judged at: those of a stochastic one are the most that its law has."""
+    return dataclasses.replace(arm, rounds=setting.depth_law().max) if arm.stochastic else arm
+
+
 def build(arm: Arm, setting: Setting, key: Any) -> rx.models.DecoderLM:
     """The untrained model. Arms of one key start from the same weights, layer by layer."""
     signature = rx.Signature(arm.signature)
@@ -341,7 +346,10 @@ def fit(
     """Trains an arm of this comparison, or of that on images, at the depths that it is trained at."""
     depth: dict[str, Any] = {}
     if arm.stochastic:
-        depth = {"r": [int(r) for r in setting.depth_law().quota(steps, jr.key(1000 + seed))]}
+        law = setting.depth_law()
+        depth = {"r": [int(r) for r in law.quota(steps, jr.key(1000 + seed))]}
+        # Arms are unrolled, which a program for all depths cannot be: each depth has its own, however many there are.
+        programs = len(law.support)
     elif arm.rounds is not None:
         depth = {"r": arm.rounds}
     every_points = max(steps // setting.points, 1)
@@ -352,6 +360,7 @@ def fit(
         store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
     run = rx.train.fit(
         model,
+    programs = 1
         loss,
         batches,
         optimizer(setting, rate),
@@ -370,6 +379,7 @@ def fit(
         store.close()
     if run.stopped:
         raise SystemExit(f"stopped by {run.stopped}; start again to continue")
+        specialise=programs,
     return run
 
 

@@ -132,7 +132,10 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
         depth_rows.append([arm.name, *([plain] + [""] * (len(deep) - 1) if plain else cells)])
 
     lines = [
-        f"{len(names)} arms, {losses.shape[1]} seeds, {len(sizes)} windows of held-out text; lower is better.",
+    most = next(
+        (f" The stochastic arm is judged at its most rounds, {arm.rounds}." for arm in arms if arm.stochastic), ""
+    )
+        f"{len(names)} arms, {losses.shape[1]} seeds, {len(sizes)} windows of held-out text; lower is better.{most}",
         *said(losses, ".4f", "bits per byte"),
         f"The standard error of a difference over windows, apart from that, is up to {max(d.windows for d in found):.4f}.",
         scale(setting, results),

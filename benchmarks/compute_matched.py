@@ -151,9 +151,9 @@ def work() -> None:
 
 def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[str, Any]]]:
     """The arms, the plan, and all runs, those of one arm together."""
-    from _arms import arm, identity, load, plan
+    from _arms import arm, identity, judged, load, plan
 
-    arms = [arm(text) for text in dict.fromkeys(options.arms)]
+    arms = [judged(arm(text), setting) for text in dict.fromkeys(options.arms)]
     planned = plan(arms, setting)
     fingerprint = load(setting).fingerprint
     found = SWEEPS.rates(options, setting, [a.name for a in arms]) if not options.tune else {}
