@@ -273,12 +273,24 @@ def nats_and_bytes(model, batch, key):
     return jax.vmap(row)(batch)
 
 
+def spread(windows: rx.data.Windows, number: int) -> np.ndarray:
+    """Which windows are evaluated on: evenly spaced, so that every part of the text is heard."""
+    return np.unique(np.linspace(0, len(windows) - 1, min(number, len(windows))).astype(int))
+
+
+def documents(windows: rx.data.Windows, number: int) -> np.ndarray:
+    """The document of each window that is evaluated on: where it has several, that of its middle."""
+    tokens = windows.tokens
+    middle = spread(windows, number) * windows.length + windows.length // 2
+    span = np.searchsorted(tokens.offsets, np.minimum(middle, tokens.number_of_tokens - 1), "right") - 1
+    return tokens.documents[span]
+
+
 class Evaluator:
     """Adds up nats and bytes of each of a fixed set of windows."""
 
     def __init__(self, windows: rx.data.Windows, number: int):
-        # Evenly spaced, so that every part of the text is heard.
-        chosen = np.unique(np.linspace(0, len(windows) - 1, min(number, len(windows))).astype(int))
+        chosen = spread(windows, number)
         size = 16
         self.number = len(chosen)
         self.batches = []
@@ -345,6 +357,7 @@ def fit(
 ) -> rx.train.Run:
     """Trains an arm of this comparison, or of that on images, at the depths that it is trained at."""
     depth: dict[str, Any] = {}
+    programs = 1
     if arm.stochastic:
         law = setting.depth_law()
         depth = {"r": [int(r) for r in law.quota(steps, jr.key(1000 + seed))]}
@@ -360,13 +373,13 @@ def fit(
         store = rx.train.Checkpoints(checkpoints, keep=1, keep_best=0, every=every)
     run = rx.train.fit(
         model,
-    programs = 1
         loss,
         batches,
         optimizer(setting, rate),
         steps=steps,
         key=jr.key(2000 + seed),
         depth=depth,
+        specialise=programs,
         steps_per_call=max(min(most_per_call, every_points), 1),
         evaluate=evaluate,
         evaluate_every=every_points,
@@ -379,7 +392,6 @@ def fit(
         store.close()
     if run.stopped:
         raise SystemExit(f"stopped by {run.stopped}; start again to continue")
-        specialise=programs,
     return run
 
 
@@ -456,6 +468,8 @@ def train(
         "windows": {"nats": [float(x) for x in nats], "bytes": [float(x) for x in size]},
         "curve": curve_of(metrics, "bits_per_byte"),
         "seconds": run.seconds,
+        # Of a run that went on from a checkpoint the time is that of its last part only.
+        "timed": 0 if run.begun else run.timed,
         "wall": trained,
     }
     if data.elsewhere is not None and not tuning:

@@ -302,5 +302,7 @@ def train(
         "counts": counts,
         **learned,
         "seconds": run.seconds,
+        # Of a run that went on from a checkpoint the time is that of its last part only.
+        "timed": 0 if run.begun else run.timed,
         "wall": time.perf_counter() - begin,
     }

@@ -6,7 +6,7 @@ from _statistics import differences, residual, said, smallest_visible
 from typing import Any
 
 import numpy as np
-from _report import ends, hardware, markdown, minutes, plot, rich_table, write
+from _report import ends, hardware, markdown, minutes, plot, rich_table, speed, write
 from rich.console import Console
 
 
@@ -58,7 +58,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
                 f"{first['flops']:.4g}",
                 f"{first['flops'] / float(planned.budget) - 1:+.2%}",
                 f"{mean(name, 'wall'):.0f}",
-                f"{first['images'] / max(mean(name, 'seconds'), 1e-9):,.0f}",
+                speed(options, by_arm[name], "images"),
                 f"{100 - loss.mean():.2f}",
                 "" if base else difference.show(".2f", -1),
                 "" if base else difference.verdict,
@@ -72,7 +72,9 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
             depth_rows.append([arm.name, f"{100 * mean(arm.name, 'accuracy'):.2f}*", *[""] * (len(deep) - 1)])
             continue
         trained = lambda d: "*" if d == arm.rounds and not arm.stochastic else ""
-        cells = [f"{100 * np.mean([r['at_depth'][str(d)] for r in at]):.2f}{trained(d)}" for d in deep]
+        # The most rounds of one arm need not be asked of the others.
+        seen = [[r["at_depth"].get(str(d)) for r in at] for d in deep]
+        cells = ["" if None in x else f"{100 * np.mean(x):.2f}{trained(d)}" for d, x in zip(deep, seen)]
         depth_rows.append([arm.name, *cells])
 
     baseline = by_arm[names[0]][0]
