@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+import glob
 import hashlib
 import json
 import pathlib
@@ -239,9 +240,27 @@ def load(setting: Setting) -> Data:
 def _source(paths: tuple[str, ...], field: str) -> rx.data.AbstractSource:
     if not paths:
         return rx.data.stdlib()
-    if all(".jsonl" in pathlib.Path(path).name for path in paths):
-        return rx.data.jsonl(*paths, field=field)
-    return rx.data.text(*paths)
+    files = [file for path in paths for file in _files(path)]
+    lines = [file for file in files if {".jsonl", ".ndjson"} & set(file.suffixes)]
+    if not lines:
+        return rx.data.text(*paths)
+    if others := [file for file in files if file not in lines]:
+        pattern = str(lines[0].with_name("*" + "".join(lines[0].suffixes)))
+        raise ValueError(
+            f"a corpus is of JSON lines or of text files, not of both; got {lines[0]} and {others[0]}: name files of one kind, as "
+            f"{pattern!r} does"
+        )
+    return rx.data.jsonl(*lines, field=field)
+
+
+def _files(path: str) -> list[pathlib.Path]:
+    """What a path, folder or pattern stands for, as `rx.data.text` reads it; a path by itself where there is nothing."""
+    folder = pathlib.Path(path)
+    if folder.is_dir():
+        shown = lambda file: not any(part[0] == "." for part in file.relative_to(folder).parts)
+        return sorted(file for file in folder.rglob("*") if file.is_file() and shown(file))
+    found = [] if folder.exists() else glob.glob(path, recursive=True)
+    return [file for file in map(pathlib.Path, found) if file.is_file()] or [folder]
 
 
 def nats_and_bytes(model, batch, key):
@@ -254,12 +273,24 @@ def nats_and_bytes(model, batch, key):
     return jax.vmap(row)(batch)
 
 
+def spread(windows: rx.data.Windows, number: int) -> np.ndarray:
+    """Which windows are evaluated on: evenly spaced, so that every part of the text is heard."""
+    return np.unique(np.linspace(0, len(windows) - 1, min(number, len(windows))).astype(int))
+
+
+def documents(windows: rx.data.Windows, number: int) -> np.ndarray:
+    """The document of each window that is evaluated on: where it has several, that of its middle."""
+    tokens = windows.tokens
+    middle = spread(windows, number) * windows.length + windows.length // 2
+    span = np.searchsorted(tokens.offsets, np.minimum(middle, tokens.number_of_tokens - 1), "right") - 1
+    return tokens.documents[span]
+
+
 class Evaluator:
     """Adds up nats and bytes of each of a fixed set of windows."""
 
     def __init__(self, windows: rx.data.Windows, number: int):
-        # Evenly spaced, so that every part of the text is heard.
-        chosen = np.unique(np.linspace(0, len(windows) - 1, min(number, len(windows))).astype(int))
+        chosen = spread(windows, number)
         size = 16
         self.number = len(chosen)
         self.batches = []
@@ -437,6 +468,8 @@ def train(
         "windows": {"nats": [float(x) for x in nats], "bytes": [float(x) for x in size]},
         "curve": curve_of(metrics, "bits_per_byte"),
         "seconds": run.seconds,
+        # Of a run that went on from a checkpoint the time is that of its last part only.
+        "timed": 0 if run.begun else run.timed,
         "wall": trained,
     }
     if data.elsewhere is not None and not tuning:

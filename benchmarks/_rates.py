@@ -13,7 +13,7 @@ class Sweeps:
 
     **Attributes:**
 
-    - `file`: the sweeps that are committed. One of the same name in the output folder comes first.
+    - `file`: the sweeps that are committed. What one of the same name in the output folder has comes first, arm by arm.
     - `same`: in what a sweep must agree with a setting.
     - `near`: in what it should, the most telling first.
     - `shape`: what else of a setting is kept with a sweep.
@@ -33,25 +33,47 @@ class Sweeps:
     show: Callable[[float], str]
 
     def rates(self, options: Any, setting: Any, names: list[str]) -> dict[str, float]:
-        """The learning rate of each arm: as asked, or as tuned for the nearest shapes."""
+        """The learning rate of each arm: as asked, or as tuned for the nearest shapes at which it was tuned. Prints where that is not
+        what was asked for: other shapes, and arms that were never tuned."""
         if options.learning_rate is not None:
             return {name: options.learning_rate for name in names}
-        own = options.output / self.file.name
-        sweeps = json.loads((own if own.exists() else self.file).read_text("utf-8"))["sweeps"]
-        sweeps = [sweep for sweep in sweeps if all(sweep[name] == getattr(setting, name) for name in self.same)]
-        if not sweeps:
+        sweeps = self._nearest(options, setting)
+        usual = sorted(sweeps[0]["best"].values())[len(sweeps[0]["best"]) // 2]
+        found, elsewhere, untuned = {}, {}, []
+        for name in names:
+            # An arm with a policy of the cache learns at the rate of the arm that shares nothing.
+            like = name.partition(", ")[0]
+            sweep = next((sweep for sweep in sweeps if {name, like} & sweep["best"].keys()), None)
+            if sweep is None:
+                untuned.append(name)
+                found[name] = usual
+                continue
+            found[name] = sweep["best"].get(name, sweep["best"].get(like))
+            if apart := {key: sweep[key] for key in self.near if sweep[key] != getattr(setting, key)}:
+                elsewhere.setdefault(str(apart), []).append(name)
+        for apart, arms in elsewhere.items():
+            print(
+                f"learning rates of {', '.join(arms)} were tuned at {apart}, not at these shapes: --tune does it for these"
+            )
+        if untuned:
+            print(
+                f"no learning rate is tuned for {', '.join(untuned)}: {usual:g}, the median of the others, is taken; --tune does it"
+            )
+        return found
+
+    def _nearest(self, options: Any, setting: Any) -> list[dict[str, Any]]:
+        """The sweeps that a setting can learn from: its own before those that are committed, of each the nearest first."""
+        far = lambda sweep: tuple(abs(sweep[name] - getattr(setting, name)) for name in self.near)
+        found = []
+        for path in (options.output / self.file.name, self.file):
+            sweeps = json.loads(path.read_text("utf-8"))["sweeps"] if path.exists() else []
+            alike = (sweep for sweep in sweeps if all(sweep[name] == getattr(setting, name) for name in self.same))
+            found += sorted(alike, key=far)
+        if not found:
             raise SystemExit(
                 f"no learning rate is tuned for {setting.optimizer}: give --learning-rate, or run with --tune first"
             )
-        far = lambda sweep: tuple(abs(sweep[name] - getattr(setting, name)) for name in self.near)
-        nearest = min(sweeps, key=far)
-        if apart := {name: nearest[name] for name in self.near if nearest[name] != getattr(setting, name)}:
-            print(f"learning rates were tuned at {apart}, not at these shapes: --tune does it for these")
-        best: dict[str, float] = nearest["best"]
-        usual = sorted(best.values())[len(best) // 2]
-        # An arm with a policy of the cache learns at the rate of the arm that shares nothing.
-        like = lambda name: best.get(name.partition(", ")[0], usual)
-        return {name: best.get(name, like(name)) for name in names}
+        return found
 
     def tuned(self, options: Any, setting: Any, arms: list[Any], results: list[Any], data: list[str]) -> None:
         """Prints and writes a sweep over `data`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from _arms import MEANINGS
+from _arms import documents, load, MEANINGS
 from _machine import machine
 from rich.console import Console
 from rich.live import Live as RichLive
@@ -81,7 +81,9 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     losses = np.array([[r["bits_per_byte"] for r in by_arm[name]] for name in names])
     nats = np.array([[r["windows"]["nats"] for r in by_arm[name]] for name in names])
     sizes = np.array(results[0]["windows"]["bytes"])
-    found = differences(losses, nats / math.log(2), sizes, 0)
+    # Not of the results: those from before documents counted are read alike.
+    document = documents(load(setting).report, setting.windows)
+    found = differences(losses, nats / math.log(2), sizes, 0, document)
     visible = smallest_visible(losses)
     mean = lambda name, of: float(np.mean([r[of] for r in by_arm[name]]))
 
@@ -102,7 +104,6 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     rows = []
     for name, difference in zip(names, found):
         first = by_arm[name][0]
-        speed = first["tokens"] / max(mean(name, "seconds"), 1e-9)
         rows.append(
             [
                 name,
@@ -113,7 +114,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
                 f"{first['flops']:.4g}",
                 f"{first['flops'] / float(planned.budget) - 1:+.2%}",
                 f"{mean(name, 'wall'):.0f}",
-                f"{speed:,.0f}",
+                speed(options, by_arm[name], "tokens"),
                 f"{losses[names.index(name)].mean():.4f}",
                 "" if name == names[0] else difference.show(".4f"),
                 "" if name == names[0] else difference.verdict,
@@ -137,7 +138,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     lines = [
         f"{len(names)} arms, {losses.shape[1]} seeds, {len(sizes)} windows of held-out text; lower is better.{most}",
         *said(losses, ".4f", "bits per byte"),
-        f"The standard error of a difference over windows, apart from that, is up to {max(d.windows for d in found):.4f}.",
+        over_documents(document, found),
         scale(setting, results),
     ]
     console = Console(width=None if Console().is_terminal else 200)
@@ -165,6 +166,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
         **record_of(setting, planned, results, wall),
         "deviation": residual(losses)[0],
         "smallest_visible": visible,
+        "documents": len(np.unique(document)),
         "differences": {
             name: {"mean": d.mean, "half": d.half, "windows": d.windows, "verdict": d.verdict}
             for name, d in zip(names, found)
@@ -177,6 +179,26 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
     (options.output / "results.md").write_text("\n\n".join([*parts, "\n".join(lines)]) + "\n", "utf-8")
     seen = _number(visible, ".4f")
     plot(options.output / "loss.png", names, by_arm, seen, ylabel="held-out bits per byte", xscale="log")
+
+
+def over_documents(document: np.ndarray, found: list[Difference]) -> str:
+    """In one line, how far differences depend on the text that was evaluated on."""
+    number = len(np.unique(document))
+    if number < 2:
+        return "All windows are of one document: how far a difference depends on the text is not known."
+    return (
+        f"The standard error of a difference over the {number} documents that the windows are of, apart from that, is up to "
+        f"{max(d.windows for d in found):.4f}."
+    )
+
+
+def speed(options: Any, runs: list[dict[str, Any]], unit: str) -> str:
+    """How much of a unit the runs of an arm trained on in a second of the steps that were timed; empty where none was."""
+    # Results from before steps were counted: all of them, unless the run may have gone on from a checkpoint.
+    untold = 0.0 if options.save_every else 1.0
+    parts = [r["timed"] / r["steps"] if "timed" in r else untold for r in runs]
+    seconds = sum(r["seconds"] for r, part in zip(runs, parts) if part)
+    return f"{sum(part * r[unit] for r, part in zip(runs, parts)) / seconds:,.0f}" if seconds > 0 else ""
 
 
 def write(path: pathlib.Path, record: Any) -> None:

@@ -15,8 +15,8 @@ class Difference:
 
     - `mean`: over seeds.
     - `half`: of the 95% interval over seeds; `nan` with a single seed.
-    - `windows`: the standard error over evaluation windows of the difference that is averaged over seeds. It says how well the
-        text that was evaluated on stands for more of its kind, and is no part of the interval.
+    - `windows`: the standard error over what was evaluated on of the difference that is averaged over seeds. It says how well the
+        text that was evaluated on stands for more of its kind, and is no part of the interval. `nan` with a single document.
     """
 
     mean: float
@@ -72,20 +72,28 @@ def said(losses: np.ndarray, form: str, unit: str) -> list[str]:
     ]
 
 
-def differences(losses: np.ndarray, windows: np.ndarray, sizes: np.ndarray, baseline: int) -> list[Difference]:
+def differences(
+    losses: np.ndarray, windows: np.ndarray, sizes: np.ndarray, baseline: int, documents: np.ndarray | None = None
+) -> list[Difference]:
     """The difference of each arm to the baseline.
 
     `losses` is `[arms, seeds]`. `windows` is `[arms, seeds, windows]`, the total of each window, and `sizes` is `[windows]`, what it
-    is divided by: the loss of an arm and a seed is the ratio of their sums.
+    is divided by: the loss of an arm and a seed is the ratio of their sums. `documents` is `[windows]`, the number of the document
+    that each is of. Without it windows are taken as independent, which those of one document are not: the standard error is
+    then too small.
     """
     half = smallest_visible(losses)
+    group = np.arange(len(sizes)) if documents is None else np.unique(documents, return_inverse=True)[1]
     found = []
     for arm in range(len(losses)):
         apart = (windows[arm] - windows[baseline]).mean(0)
         mean = float((losses[arm] - losses[baseline]).mean())
         # Of a ratio of sums: the deviation of what each window adds beyond its share.
         beyond = apart - sizes * apart.sum() / sizes.sum()
-        number = len(sizes)
-        error = math.sqrt(number / max(number - 1, 1) * float(np.sum(beyond**2))) / float(sizes.sum())
+        # Windows of one document lie to one side together, so what counts as one draw is a document.
+        beyond = np.bincount(group, beyond)
+        number = len(beyond)
+        spread = number / (number - 1) * float(np.sum(beyond**2)) if number > 1 else math.nan
+        error = math.sqrt(spread) / float(sizes.sum())
         found.append(Difference(mean, half, error))
     return found

@@ -120,8 +120,9 @@ class Data:
 def load(setting: Setting) -> Data:
     """The images and their captions: those of the embedded digits, or of the files that are named."""
     if setting.train:
+        names = _names(setting)
         whole, report = (
-            rx.data.image_parquet(*paths, image=setting.image, label=setting.label, names=_names(setting, paths))
+            rx.data.image_parquet(*paths, image=setting.image, label=setting.label, names=names)
             for paths in (setting.train, setting.test)
         )
     else:
@@ -148,15 +149,27 @@ def load(setting: Setting) -> Data:
     return Data(pairs, held(tune), held(report), len(names), vocabulary, tokens, fingerprint)
 
 
-def _names(setting: Setting, paths: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the classes, in the order of their numbers, from the two columns that have them."""
+def _names(setting: Setting) -> tuple[str, ...]:
+    """The names of the classes, in the order of their numbers, from the two columns that have them: the same in all files."""
     import pyarrow.parquet as pq
 
-    found: dict[int, str] = {}
-    for path in paths:
+    found: dict[Any, tuple[str, str]] = {}
+    for path in (*setting.train, *setting.test):
         table = pq.read_table(path, columns=[setting.label, setting.names])
-        found.update(zip(*(table[name].to_pylist() for name in (setting.label, setting.names))))
-    return tuple(found[i] for i in range(len(found)))
+        for label, name in set(zip(*(table[column].to_pylist() for column in (setting.label, setting.names)))):
+            known, first = found.setdefault(label, (name, path))
+            if name != known:
+                raise SystemExit(
+                    f"{path}: the label {label} has the name {name!r}, and in {first} the name {known!r}; the classes of --train "
+                    "and --test must be the same"
+                )
+    # A part may lack a class that another has.
+    if missing := [number for number in range(len(found)) if number not in found]:
+        raise SystemExit(
+            f"the column {setting.label!r} must number the classes from 0 on; got {sorted(found, key=str)}, and no {missing[0]}, "
+            f"in {', '.join((*setting.train, *setting.test))}"
+        )
+    return tuple(found[number][0] for number in range(len(found)))
 
 
 def logits(model, batch, key):
@@ -289,5 +302,7 @@ def train(
         "counts": counts,
         **learned,
         "seconds": run.seconds,
+        # Of a run that went on from a checkpoint the time is that of its last part only.
+        "timed": 0 if run.begun else run.timed,
         "wall": time.perf_counter() - begin,
     }

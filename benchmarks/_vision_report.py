@@ -6,7 +6,7 @@ from _statistics import differences, residual, said, smallest_visible
 from typing import Any
 
 import numpy as np
-from _report import ends, hardware, markdown, minutes, plot, rich_table, write
+from _report import ends, hardware, markdown, minutes, plot, rich_table, speed, write
 from rich.console import Console
 
 
@@ -58,7 +58,7 @@ def compared(options: Any, setting: Any, arms: list[Any], planned: Any, results:
                 f"{first['flops']:.4g}",
                 f"{first['flops'] / float(planned.budget) - 1:+.2%}",
                 f"{mean(name, 'wall'):.0f}",
-                f"{first['images'] / max(mean(name, 'seconds'), 1e-9):,.0f}",
+                speed(options, by_arm[name], "images"),
                 f"{100 - loss.mean():.2f}",
                 "" if base else difference.show(".2f", -1),
                 "" if base else difference.verdict,

@@ -163,7 +163,9 @@ def run_all(
     for job in jobs:
         if not path(job).exists():
             todo.setdefault(job["arm"]["name"], []).append(job)
-    groups = list(todo.values())
+    # The last group first. The arms that compile longest are named last by habit; begun last, each worker that has nothing left
+    # would compile them once more to help.
+    groups = list(todo.values())[::-1]
     lock = threading.Lock()
     number = max(min(number or _default_workers(), sum(map(len, groups))), 1)
     workers = [Worker(script, i, alone=number == 1) for i in range(number)] if todo else []

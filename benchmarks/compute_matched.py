@@ -81,7 +81,8 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in."""
     corpus: tuple[pathlib.Path, ...] = ()
-    """Text files, folders of them, or JSON lines (.jsonl, also .gz, .xz, .zst). By default Python's standard library."""
+    """Text files, or JSON lines (.jsonl or .ndjson, also .gz, .xz, .zst), or folders of one kind. By default Python's standard
+    library."""
     field: str = "text"
     """The field of JSON lines that holds the text."""
     held_out: str = "1/20"

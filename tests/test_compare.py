@@ -26,6 +26,7 @@ import _statistics
 
 import _arms
 import _report
+import _workers
 import compute_matched
 
 
@@ -94,6 +95,23 @@ def test_the_error_over_windows_is_that_of_a_resampled_ratio():
     assert np.isclose(found.windows, resampled.std(), rtol=0.08)
 
 
+def test_windows_of_one_document_are_one_draw():
+    rng = np.random.default_rng(4)
+    of = np.repeat(np.arange(40), 10)
+    sizes = rng.integers(50, 100, 400).astype(float)
+    # What a document does to a difference, it does to all of its windows.
+    apart = sizes * (0.1 + rng.normal(0, 0.2, 40)[of] + rng.normal(0, 0.1, 400))
+    windows = np.stack([2 * sizes, 2 * sizes + apart])[:, None]
+    found = lambda documents: (
+        _statistics.differences(windows.sum(-1) / sizes.sum(), windows, sizes, 0, documents)[1].windows
+    )
+    draws = rng.integers(0, 40, (4000, 40))
+    totals = [np.bincount(of, x)[draws].sum(1) for x in (apart, sizes)]
+    assert np.isclose(found(of + 7), (totals[0] / totals[1]).std(), rtol=0.08)
+    assert found(None) < found(of) / 2 and found(None) == found(np.arange(400))
+    assert math.isnan(found(np.zeros(400, int)))
+
+
 def test_a_verdict_needs_more_than_the_smallest_visible_difference():
     verdict = lambda mean: _statistics.Difference(mean, 0.1, 0.0).verdict
     assert [verdict(x) for x in (-0.2, -0.1, 0.05, 0.2)] == ["better", "not decided", "not decided", "worse"]
@@ -129,6 +147,123 @@ def test_the_plan_spends_what_it_says():
     depths = s.depth_law().quota(plan[arm.name].steps, jr.key(0))
     spent = rx.flops.spent(cost, r=np.asarray(depths))
     assert abs(float(spent - plan[arm.name].total)) <= cost(3)
+
+
+def test_the_document_of_a_window_is_that_of_its_middle():
+    tokens = rx.data.tokenize(rx.data.documents(["a" * 30, "b" * 3, "c" * 20]), rx.data.Bytes()).subset([0, 2])
+    windows = rx.data.Windows(tokens, 10, drop_last=False)
+    # Of 31 tokens and 21: the window of tokens 30 to 39 has the middle 35, and the last one is filled up.
+    assert _arms.documents(windows, 99).tolist() == [0, 0, 0, 2, 2, 2]
+    assert _arms.documents(windows, 2).tolist() == [0, 2]
+
+
+def test_a_law_of_many_depths_is_trained_and_judged_at_its_most(tmp_path, monkeypatch):
+    # The tests' eight devices are not for a worker.
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} " * 20, "utf-8")
+    options = compute_matched.Options(
+        arms=("A B", "A^r B stochastic"), corpus=(tmp_path / "texts",), output=tmp_path, seeds=1, learning_rate=0.01
+    )
+    small = {"width": 8, "layers": 2, "heads": 1, "length": 8, "tokens": 800, "windows": 16, "points": 2}
+    options = dataclasses.replace(options, law="uniform", law_max=5, depths=(1,), held_out="1/4", **small)
+    s = compute_matched.setting_of(options)
+    arms, planned, jobs = compute_matched.jobs_of(options, s)
+    assert [arm.rounds for arm in arms] == [None, 5]
+    same = {"logs": [], "checkpoints": None, "every": 1, "tuning": False}
+    results = [
+        _arms.train(arm, s, job["row"], 0, 0.01, metrics=tmp_path / f"{i}.jsonl", **same)
+        for i, (arm, job) in enumerate(zip(arms, jobs))
+    ]
+    found = results[1]
+    assert set(found["at_depth"]) == {"1", "5"} and found["bits_per_byte"] == found["at_depth"]["5"]
+    # All but the first call, of half the steps, is timed.
+    assert found["timed"] == found["steps"] - found["steps"] // 2
+    _report.compared(options, s, arms, planned, results, 1.0)
+    told = (tmp_path / "results.md").read_text("utf-8")
+    assert "The stochastic arm is judged at its most rounds, 5." in told
+    assert (
+        f"over the {len(np.unique(_arms.documents(_arms.load(s).report, 16)))} documents that the windows are of"
+        in told
+    )
+
+
+def test_the_stochastic_arm_is_by_default_the_one_of_old_results():
+    s = compute_matched.setting_of(compute_matched.Options())
+    for arm in _arms.ARMS.values():
+        assert _arms.judged(arm, s) == arm
+
+
+def test_speed_is_of_what_was_timed():
+    options = compute_matched.Options()
+    run = {"tokens": 1000, "steps": 10, "seconds": 2.0}
+    assert _report.speed(options, [{**run, "timed": 8}, {**run, "timed": 4}], "tokens") == "300"
+    # A run that went on from a checkpoint says nothing of its speed.
+    assert _report.speed(options, [{**run, "timed": 8}, {**run, "timed": 0}], "tokens") == "400"
+    assert _report.speed(options, [{**run, "timed": 0}], "tokens") == ""
+    # Results from before steps were counted.
+    assert _report.speed(options, [run], "tokens") == "500"
+    assert _report.speed(dataclasses.replace(options, save_every=5), [run], "tokens") == ""
+
+
+def test_json_lines_are_told_by_their_suffix(tmp_path):
+    folder, mixed = tmp_path / "lines", tmp_path / "mixed"
+    for place in (folder, mixed):
+        place.mkdir()
+        for name in ("a.jsonl", "b.ndjson"):
+            (place / name).write_text('{"text": "one", "other": 1}\n', "utf-8")
+    (folder / ".hidden").write_text("no", "utf-8")
+    (mixed / "c.txt").write_text("plain", "utf-8")
+    read = lambda *paths: list(_arms._source(tuple(map(str, paths)), "text").documents())
+    assert read(folder / "b.ndjson") == ["one"]
+    assert read(folder) == read(folder / "*") == read(folder / "a.jsonl", folder / "b.ndjson") == ["one", "one"]
+    assert read(mixed / "c.txt") == read(mixed / "*.txt") == ["plain"]
+    for paths in ([mixed], [mixed / "*"], [folder, mixed / "c.txt"], [mixed / "c.txt", mixed / "b.ndjson"]):
+        with pytest.raises(
+            ValueError, match=r"JSON lines or of text files, not of both; got .*(jsonl|ndjson) and .*c\.txt"
+        ):
+            read(*paths)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read(tmp_path / "nothing.txt")
+
+
+def test_the_last_arm_is_begun_first_and_reported_last(tmp_path, monkeypatch):
+    begun = []
+
+    class Worker:
+        def __init__(self, script, number, alone):
+            self.job, self.seen = None, {}
+
+        def do(self, job):
+            begun.append(job["name"])
+            return {"name": job["name"]}
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(_workers, "Worker", Worker)
+    jobs = [{"name": f"{arm}{seed}", "seed": seed, "arm": {"name": arm}} for arm in "abc" for seed in (0, 1)]
+    results = _workers.run_all(pathlib.Path("none"), tmp_path, jobs, lambda *_: None, 1)
+    assert begun == ["c0", "c1", "b0", "b1", "a0", "a1"]
+    assert [r["name"] for r in results] == ["a0", "a1", "b0", "b1", "c0", "c1"]
+
+
+def test_an_own_sweep_hides_no_other(tmp_path, capsys):
+    committed = json.loads((BENCHMARKS / "tuned.json").read_text("utf-8"))["sweeps"]
+    default = compute_matched.setting_of(compute_matched.Options())
+    shape = {name: getattr(default, name) for name in ("optimizer", *compute_matched.SWEEPS.near)}
+    own = {**shape, "best": {"A B": 0.3, "A^2 B": 0.4}}
+    (tmp_path / "tuned.json").write_text(json.dumps({"sweeps": [own]}), "utf-8")
+    options = dataclasses.replace(compute_matched.Options(), output=tmp_path)
+    best = lambda optimizer: next(s["best"] for s in committed if s["optimizer"] == optimizer)
+    assert compute_matched.SWEEPS.rates(options, default, list(options.arms)) == {**best("muon"), **own["best"]}
+    adamw = dataclasses.replace(default, optimizer="adamw")
+    assert compute_matched.SWEEPS.rates(options, adamw, list(options.arms)) == best("adamw")
+    assert capsys.readouterr().out == ""
+    # An arm that was never tuned is named.
+    assert compute_matched.SWEEPS.rates(options, default, ["A^2 B", "A^9 B"]) == {"A^2 B": 0.4, "A^9 B": 0.4}
+    assert "no learning rate is tuned for A^9 B: 0.4, the median" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("law", ["binomial", "uniform", "poisson", "lognormal-poisson"])

@@ -66,6 +66,42 @@ def test_bpe_with_special_tokens():
     assert len(tokenizer.encode(text).ids) == 2
 
 
+def test_an_end_that_text_is_encoded_to_is_refused():
+    special = lambda token, special=True: tokenizers.AddedToken(token, special=special)
+    for end, added in {
+        "a": None,
+        "at": None,
+        "<x>": special("<x>", False),
+        "c": special("c"),
+        "Ġthe": special("Ġthe"),
+    }.items():
+        tokenizer = tokenizers.Tokenizer.from_str(BPE.tokenizer.to_str())
+        assert end == "<x>" or tokenizer.token_to_id(end) is not None
+        if added is not None:
+            tokenizer.add_tokens([added])
+        with pytest.raises(ValueError, match=f"`end` must be a special token, .*; got '{end}'"):
+            data.BPE(tokenizer, end)
+
+
+def test_a_vocabulary_that_lacks_a_byte_is_refused():
+    def tokenizer(alphabet):
+        found = tokenizers.Tokenizer(tokenizers.models.BPE())
+        found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        found.decoder = tokenizers.decoders.ByteLevel()
+        # Every byte that the constructor tries is there.
+        tried = "".join(map(chr, range(0x250))) + " a  b\r\n\n 1234 it's \u2028 日本 🙂 e\u0301 "
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+        found.train_from_iterator([tried], trainer)
+        return found
+
+    with pytest.raises(ValueError, match="a token for each byte; it has none for .* the first of them 0x"):
+        data.BPE(tokenizer([]))
+    # UTF-8 has no byte 0xff.
+    whole = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    wrapped = data.BPE(tokenizer([letter for letter in whole if letter != "ÿ"]))
+    assert wrapped.decode(wrapped.encode("中文 ασφ привет")) == "中文 ασφ привет"
+
+
 def test_what_is_not_byte_level_is_refused(tmp_path):
     with pytest.raises(ValueError, match="byte-level"):
         data.BPE(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")))

@@ -39,6 +39,10 @@ def everything():
         "numpy": np.arange(3.0),
         "empty": jnp.zeros((0, 3)),
         "scalar": jnp.float32(2),
+        "numpy scalar": np.int64(2**40 + 1),
+        "numpy float": np.float64(0.1),
+        "numpy without axes": np.array(0.1),
+        "empty keys": jr.split(jr.key(5), 0),
         "sharded": jax.device_put(jr.normal(jr.key(1), (16, 8)), layout("d")),
         "function": jax.nn.relu,
         "number": 3,
@@ -49,6 +53,8 @@ def zeros_like(state):
     def zero(x):
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jr.wrap_key_data(jnp.zeros_like(jr.key_data(x)), impl=jr.key_impl(x))
+        if isinstance(x, np.generic):
+            return type(x)(0)
         if isinstance(x, np.ndarray):
             return np.zeros_like(x)
         return jax.device_put(jnp.zeros_like(x), x.sharding) if isinstance(x, jax.Array) else x
@@ -85,6 +91,24 @@ def test_restores_into_another_sharding(tmp_path):
         ):
             found = checkpoints.restore_latest({"x": like}).state["x"]
             assert found.sharding == like.sharding and bits(found) == bits(x)
+
+
+def test_shapes_restore_what_arrays_do(tmp_path):
+    state = {name: x for name, x in everything().items() if hasattr(x, "dtype")}
+    state["sharded keys"] = jax.device_put(jr.split(jr.key(6), 8), layout("d"))
+
+    def shape(x):
+        sharding = x.sharding if isinstance(x, jax.Array) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    with train.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        found = checkpoints.restore_latest({name: shape(x) for name, x in state.items()}).state
+    for name, x in state.items():
+        y = found[name]
+        assert isinstance(y, jax.Array if isinstance(x, jax.Array) else np.ndarray), name
+        assert x.dtype == y.dtype and x.shape == y.shape and bits(x) == bits(y), name
+        assert not isinstance(x, jax.Array) or y.sharding.is_equivalent_to(x.sharding, x.ndim), name
 
 
 def test_state_may_be_donated_once_save_returns(tmp_path):

@@ -146,6 +146,8 @@ def test_longer_runs_go_on(tmp_path):
     again = fit(tmp_path / "parts")
     assert np.array_equal(again.model.weight, whole.model.weight)
     assert (again.step, again.flops, again.seconds, again.stopped) == (6, whole.flops, 0, None)
+    # The first call, of one step, is not timed.
+    assert [(x.timed, x.begun) for x in (whole, run, again)] == [(5, 0), (0, 5), (0, 6)]
 
 
 def test_only_what_was_evaluated_there_is_best(tmp_path):
@@ -175,6 +177,14 @@ def test_not_finite_keeps_the_last_good_checkpoint(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(TypeError, match="iterator with get_state and set_state"):
         fit(tmp_path, batches=[next(iter(points()))] * 6)
+    order = grain.samplers.IndexSampler(12, grain.sharding.NoSharding(), num_epochs=1, seed=0)
+    loader = grain.DataLoader(
+        data_source=[np.ones(3, np.float32)] * 12, sampler=order, operations=[grain.transforms.Batch(2)]
+    )
+    with pytest.raises(
+        TypeError, match=r"a state that JSON can hold; got .*whose state is b'.*an `IterDataset` has one"
+    ):
+        fit(tmp_path, batches=loader)
     fit(tmp_path)
     with pytest.raises(ValueError, match="the checkpoint is of step 6, past the 5 steps"):
         fit(tmp_path, steps=5)

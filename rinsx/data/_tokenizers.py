@@ -104,12 +104,13 @@ class BPE(AbstractTokenizer):
         """**Arguments:**
 
         - `tokenizer`: a byte-level `tokenizers.Tokenizer`.
-        - `end`: which of its tokens ends a document, such as `"<|endoftext|>"`. Where it is left out, that is one new token,
-            after all that the tokeniser has.
+        - `end`: which of its special tokens ends a document, such as `"<|endoftext|>"`. Where it is left out, that is one new
+            token, after all that the tokeniser has.
 
         **Raises:**
 
-        `ValueError` if the tokeniser is not byte-level, or changes the text before it is split.
+        `ValueError` if the tokeniser is not byte-level, lacks a byte, or changes the text before it is split; and if `end` is a token
+        that text is encoded to.
         """
         _tokenizers()
         tokenizer = type(tokenizer).from_str(tokenizer.to_str())
@@ -119,6 +120,8 @@ class BPE(AbstractTokenizer):
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         if end is not None and end not in vocab:
             raise ValueError(f"`end` must be one of the tokeniser's tokens; got {end!r}, which it does not have")
+        if end is not None:
+            _check_end(tokenizer, end)
         self.tokenizer = tokenizer
         self.end = max(vocab.values(), default=-1) + 1 if end is None else vocab[end]
         self._named = end
@@ -271,6 +274,13 @@ def _table(tokenizer: Any, vocab: dict[str, int]) -> list[bytes]:
                 f"the token {token['content']!r} swallows the white space beside it; set lstrip and rstrip to false"
             )
     letters = _letters()
+    # Bytes that UTF-8 has. Without one of them, text that has it would be dropped.
+    spelled = {letter for letter, byte in letters.items() if byte < 0xF5 and byte not in (0xC0, 0xC1)}
+    if missing := sorted(letters[letter] for letter in spelled - spec["model"]["vocab"].keys()):
+        raise ValueError(
+            f"the tokeniser must have a token for each byte; it has none for {len(missing)}, the first of them {missing[0]:#04x}. "
+            "Train it with initial_alphabet=ByteLevel.alphabet()."
+        )
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
     table = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, i in vocab.items():
@@ -284,6 +294,21 @@ def _table(tokenizer: Any, vocab: dict[str, int]) -> list[bytes]:
     if b"".join(table[i] for i in ids) != probe.encode():
         raise ValueError("the tokeniser does not give the text back; it must be byte-level, without a prefix space")
     return table
+
+
+def _check_end(tokenizer: Any, end: str) -> None:
+    """Refuses an end of documents that stands for text: what is encoded to it would be lost."""
+    spec = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    # Merges are pairs; older files have both in one text.
+    merged = {"".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in spec["model"]["merges"]}
+    met = tokenizer.token_to_id(end) in tokenizer.encode(end, add_special_tokens=False).ids
+    if end not in special or end in merged or end in _letters() or met:
+        shown = f"its special tokens are {sorted(special)}" if special else "it has no special token"
+        raise ValueError(
+            f"`end` must be a special token, which no text is encoded to; got {end!r}, which text is encoded to, and {shown}. Leave "
+            "`end` out for a new one."
+        )
 
 
 def _letters() -> dict[str, int]:

@@ -25,8 +25,11 @@ from ._verify import (
     compare,
     Damaged,
     describe,
+    empty,
     gather,
+    implementation,
     is_key,
+    is_numpy,
     is_stored,
     named,
     plain,
@@ -227,7 +230,8 @@ class Checkpoints:
         **Arguments:**
 
         - `like`: a pytree of the structure that was saved; its arrays, or `jax.ShapeDtypeStruct`s, give shapes, dtypes and shardings,
-            which may be others than when saving.
+            which may be others than when saving. Where it has NumPy arrays or scalars, these are restored; so they are for structs of
+            a dtype that JAX does not have, such as float64 where `jax_enable_x64` is off.
 
         **Returns:**
 
@@ -361,7 +365,7 @@ class Checkpoints:
         if wanted:
             restore_args = {
                 i: ocp.RestoreArgs(restore_type=np.ndarray)
-                if isinstance(leaf, np.ndarray)
+                if is_numpy(leaf)
                 else ocp.ArrayRestoreArgs(sharding=sharding(leaf))
                 for i, leaf in wanted.items()
             }
@@ -372,11 +376,13 @@ class Checkpoints:
         def fill(path, leaf):
             if not is_stored(leaf):
                 return leaf
-            path = jtu.keystr(path)
             if not leaf.size:
-                return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else leaf
-            value = found[numbers[path]]
-            return jr.wrap_key_data(value, impl=jr.key_impl(leaf)) if is_key(leaf) else value
+                return empty(leaf)
+            value = found[numbers[jtu.keystr(path)]]
+            if isinstance(leaf, np.generic):
+                # The scalar in an array without axes.
+                return np.asarray(value)[()]
+            return jr.wrap_key_data(value, impl=implementation(leaf)) if is_key(leaf) else value
 
         state = jtu.tree_map_with_path(fill, like)
         return Checkpoint(

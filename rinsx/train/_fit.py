@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -49,6 +50,8 @@ class Run:
     - `flops`: the contractions of all these steps, forward and backward, exact; without the optimiser.
     - `seconds`: wall time of the steps that this call of `fit` ran, without evaluations and checkpoints, and without
         its first `steps_per_call` steps, which are compiled.
+    - `timed`: how many steps `seconds` is the time of.
+    - `begun`: the step that this call of `fit` began at: 0, or that of the checkpoint that it went on from.
     - `stopped`: `None` at the end of training, or the name of the signal that ended it early.
     - `metrics`: what was last evaluated, if only by an earlier run that was resumed.
     """
@@ -58,6 +61,8 @@ class Run:
     step: int
     flops: int
     seconds: float
+    timed: int
+    begun: int
     stopped: str | None
     metrics: dict[str, float]
 
@@ -121,7 +126,7 @@ def fit(
         scalars. The mean is minimised.
     - `batches`: yields batches, pytrees of NumPy arrays, all of the same shapes, whose first axis is that of the rows:
         those of this process, where there are several. To resume from checkpoints, its iterator needs `get_state` and
-        `set_state`, as those of grain have.
+        `set_state`, with a state that JSON can hold, as those of a grain `IterDataset` have.
     - `optimizer`: one of [`rinsx.train.adamw`][], [`rinsx.train.adafactor`][], [`rinsx.train.muon`][], or any of optax.
         Its `update` is given `fraction=`, the part of the training FLOPs that is spent before the step, where it
         accepts extra arguments. (For a loss without any contraction it is the part of the steps.)
@@ -167,10 +172,7 @@ def fit(
     iterator = iter(batches)
     position, metrics = _Position(0, 0, 0.0, _numbers(key)), {}
     if checkpoints is not None:
-        if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
-            raise TypeError(
-                f"to resume, data needs an iterator with get_state and set_state, as those of rx.data.batches have; got {iterator!r}."
-            )
+        _resumable(iterator)
         if (found := checkpoints.restore_latest(trained)) is not None:
             position, metrics = position.resumed(found.metadata, steps)
             trained = found.state
@@ -182,12 +184,12 @@ def fit(
     devices = 1 if mesh is None else mesh.size // jax.process_count()
     logs = logs if jax.process_index() == 0 else ()
     unsound = int(_unsound(trained[0]))
-    step, weight, stopping = position.step, position.weight, False
+    step, weight, timed, stopping = position.step, position.weight, 0, False
     pending: tuple[int, int, Any] | None = None
 
     def settle() -> None:
         """Waits for the steps that were last begun, and writes what is known of them."""
-        nonlocal pending, stopping, weight
+        nonlocal pending, stopping, timed, weight
         if pending is None:
             return
         first, count, seen = pending
@@ -208,6 +210,7 @@ def fit(
             "tokens": weight,
         }
         if seconds is not None:
+            timed += count
             values["tokens_per_second"] = counted / seconds
             values["flops_per_second"] = (ledger.spent(end) - ledger.spent(first)) / seconds
         for name, rounds in plan.items():
@@ -270,6 +273,8 @@ def fit(
         step=step,
         flops=ledger.spent(step),
         seconds=watch.seconds,
+        timed=timed,
+        begun=ledger.first,
         stopped=signal.SIGTERM.name if step < steps else None,
         metrics=metrics,
     )
@@ -298,6 +303,22 @@ class _Position:
                 "weights with other random numbers, begin a new run with the model that it holds."
             )
         return found, metrics
+
+
+def _resumable(iterator: Any) -> None:
+    """Refuses, before the first step, data whose position a checkpoint cannot hold."""
+    needs = "to resume, data needs an iterator with get_state and set_state, as those of rx.data.batches have"
+    if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
+        raise TypeError(f"{needs}; got {iterator!r}.")
+    state = iterator.get_state()
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError) as error:
+        shown = repr(state) if len(repr(state)) < 80 else f"{repr(state)[:80]}..."
+        raise TypeError(
+            f"{needs}, and a state that JSON can hold; got {iterator!r}, whose state is {shown} ({error}). Of grain, an "
+            "`IterDataset` has one, a `DataLoader` has not."
+        ) from None
 
 
 def _numbers(key: PRNGKeyArray) -> list[int]:

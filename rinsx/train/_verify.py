@@ -74,6 +74,32 @@ def is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def is_numpy(leaf: Any) -> bool:
+    """Whether what a leaf stands for is restored by NumPy: JAX has not all of its dtypes, and would round them off."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) and not is_key(leaf):
+        return jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+    return isinstance(leaf, np.ndarray | np.generic)
+
+
+def implementation(key: Any) -> Any:
+    """The generator of typed keys, of which a shape is enough."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), key)
+    return found[0]
+
+
+def empty(leaf: Any) -> Any:
+    """What a leaf without elements stands for. It is not in the files."""
+    if is_numpy(leaf):
+        return np.zeros(leaf.shape, leaf.dtype)
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if not is_key(leaf):
+        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding(leaf))
+    data = jax.eval_shape(jr.key_data, leaf)
+    return jr.wrap_key_data(jnp.zeros(data.shape, data.dtype, device=sharding(leaf)), impl=implementation(leaf))
+
+
 def named(tree: PyTree) -> Iterator[tuple[str, Any]]:
     """The arrays of a pytree by their paths."""
     for path, leaf in jtu.tree_leaves_with_path(tree):
@@ -97,9 +123,11 @@ def sharding(leaf: Any) -> jax.sharding.Sharding:
     """How the numbers of an array are laid out."""
     if isinstance(leaf, jax.Array):
         return plain(leaf).sharding
-    if getattr(leaf, "sharding", None) is None or is_key(leaf):
+    given = getattr(leaf, "sharding", None)
+    # That of keys also holds for their numbers, which have one more axis, if it names axes of a mesh.
+    if given is None or (is_key(leaf) and not isinstance(given, jax.sharding.NamedSharding)):
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return leaf.sharding
+    return given
 
 
 def compare(folder: pathlib.Path, saved: list[Any], wanted: list[Any]) -> None:
