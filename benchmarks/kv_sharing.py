@@ -141,6 +141,9 @@ def at_inference(options: Any, setting: Any, arm: Any, job: dict[str, Any], name
 
 def costs(arm: Any, setting: Any) -> tuple[int, int]:
     """Bytes of keys and values for each token, and the contractions that decode a token whose cache is as long as a window."""
+    if arm.rounds is not None:
+        # Slots for the rounds that are counted, not for deeper ones at which it is evaluated.
+        arm, setting = dataclasses.replace(arm, stochastic=False), dataclasses.replace(setting, depths=(arm.rounds,))
     model = eqx.filter_eval_shape(build, arm, setting, jr.key(0))
     # One array for each slot: what rounds do not write is then known when the program is compiled, and not computed.
     cache = eqx.filter_eval_shape(lambda m: m.cache(1, setting.length, chunk=setting.length, separate=True), model)

@@ -62,7 +62,8 @@ class Cache(eqx.Module):
     **Attributes:**
 
     - `length`: int32 `[batch]`, how many positions of each sequence are filled.
-    - `used`: int32 `[batch]`, how many rounds the last token took, in a cache made with `stops=True`; else `None`.
+    - `used`: int32 `[batch]`, in a cache made with `stops=True`, else `None`: how many rounds the last token took that ran until it
+        converged (see [`rinsx.generate.Until`][]). Other passes leave it as it is; at first it is 1.
     """
 
     keys: tuple[Any, ...]

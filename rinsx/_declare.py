@@ -10,6 +10,7 @@ import contextlib
 import functools as ft
 import operator
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 
 _TRIPS = re.compile(r"rx\.trips\[(\w+),(\d+),(\d*)\]")
+_LOOPS = re.compile(r"rx\.loops\[([\w,]*)\]")
 _BRANCHES = re.compile(r"rx\.branches\[([\d:,]*)\]")
 _WRAPPER = re.compile(r"(?:^|(?<=/))(?:jvp|transpose|vmap)\(")
 _REMAT = "rematted_computation"
@@ -111,6 +113,17 @@ def branches(*weights: Fraction | int | str) -> contextlib.AbstractContextManage
     return jax.named_scope(f"rx.branches[{listed}]")
 
 
+def loops(names: Iterable[str]) -> contextlib.AbstractContextManager[Any]:
+    """Says which loops of a traced number of rounds are inside it, since one of at most one round leaves no `while` loop."""
+    return jax.named_scope(f"rx.loops[{','.join(names)}]")
+
+
+@ft.lru_cache(maxsize=4096)
+def loops_of(stack: str) -> frozenset[str]:
+    """The names of the loops that a name stack says it is inside of."""
+    return frozenset(name for names in _LOOPS.findall(stack) for name in names.split(","))
+
+
 class Declared(NamedTuple):
     """The declarations in force at an equation."""
 
@@ -141,7 +154,7 @@ def place(stack: str) -> tuple[tuple[str, ...], str | None]:
     phase = None
     if max(transposed, recomputed) >= 0:
         phase = "backward" if transposed > recomputed else "remat"
-    path = _BRANCHES.sub("", _TRIPS.sub("", stack))
+    path = _LOOPS.sub("", _BRANCHES.sub("", _TRIPS.sub("", stack)))
     while (wrapper := _WRAPPER.search(path)) is not None:
         start, close = wrapper.end(), _closing(path, wrapper.end())
         path = path[: wrapper.start()] + path[start:close] + path[close + 1 :]

@@ -13,7 +13,7 @@ from ._attend import attention, Segments, visible
 
 Heads = Float[Array, "*batch heads t dim"]
 Groups = Float[Array, "*batch groups t dim"]
-Chunk = Callable[[PyTree, Array, Array, Bool[Array, "*batch t s"]], PyTree]
+Chunk = Callable[[PyTree, Array, Array, Bool[Array, "*#batch t s"]], PyTree]
 
 
 class AbstractHandle(eqx.Module):
@@ -61,8 +61,9 @@ class AbstractHandle(eqx.Module):
 
         **Arguments:**
 
-        - `step`: `(carry, k, v, visible) -> carry`, with `k` and `v` of shape `[*batch, groups, s, dim]`, and `visible` of shape
-            `[*batch, t, s]`: whether each of the `t` positions appended last may see each of the `s` of this chunk.
+        - `step`: `(carry, k, v, visible) -> carry`, with `k` and `v` of shape `[*batch, groups, s, dim]`, and `visible`: whether each
+            of the `t` positions appended last may see each of the `s` of this chunk. It broadcasts against `[*batch, t, s]`, and is
+            `[t, s]` where that is the same for all sequences, as in training: for heads, write `visible[..., None, :, :]`.
         - `carry`: what to begin with.
         - `window`: as given to `append`.
         """

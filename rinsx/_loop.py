@@ -251,6 +251,12 @@ def with_room(model: PyTree, **most: int) -> PyTree:
     return map_loops(put, model)
 
 
+def forward_only(model: PyTree) -> PyTree:
+    """The model with loops that may run any number of rounds, where no gradient is taken: what is stored for gradients, and
+    whether rounds are unrolled, binds training only."""
+    return map_loops(lambda loop: dataclasses.replace(loop, gradient=None, unroll=None), model)
+
+
 def loops_of(model: PyTree) -> list[Loop]:
     """All loops of a model."""
     leaves = jtu.tree_leaves(model, is_leaf=lambda node: isinstance(node, Loop))

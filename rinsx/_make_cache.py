@@ -61,7 +61,8 @@ def make(
         loops whose rounds are run-time values keep one array. Fastest on CPU.
     - `unfilled`: what tokens leave in the slots of rounds that they were not run for: `"fill"`, the keys and values of their
         last round; `"mask"`, nothing, so that later tokens that run deeper do not see them there.
-    - `trusted`: promise that the capacity is never passed: then it is not checked when the program runs, which takes time.
+    - `trusted`: promise that the capacity is never passed, that `advance` is given at most the positions of the pass, and `rewind`
+        at most what is filled: then none of it is checked when the program runs, which takes time.
     - `stops`: for [`rinsx.generate.Until`][]: sequences may stop before the last round.
 
     **Returns:**

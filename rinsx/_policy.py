@@ -63,7 +63,8 @@ class PerVisit(AbstractPolicy):
 class Every(AbstractPolicy):
     """Every `k`-th round writes a slot, and the `k - 1` rounds behind it read it. Parallel.
 
-    A loop of `r` rounds has `ceil(r / k)` slots. The keys and values of the other rounds are not computed into anything.
+    A loop of `r` rounds has `ceil(r / k)` slots. The keys and values of the other rounds are kept nowhere: not computed where rounds
+    are unrolled; computed and dropped where they are rolled up, or a run-time number, since one program serves every round then.
 
     !!! example
 

@@ -11,12 +11,14 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import _observe, _tape
+from ._declare import loops
 from ._lines import behind, finish, in_round, taken
 from ._program import (
     Env,
     is_static,
     last_of,
     loop_of,
+    loops_in,
     number_of_rounds,
     opens,
     Place,
@@ -62,8 +64,15 @@ def run(
         return state
     if not is_static(node, env):
         _observe.refuse(node, env)
-        return _tape.run(node, state, place, env)
+        with loops(_traced(node, env)):
+            return _tape.run(node, state, place, env)
     return _run_rounds(node, state, place, env, form)
+
+
+def _traced(node: Program, env: Env) -> list[str]:
+    """The names of the loops in `node` whose number of rounds is a run-time value."""
+    found = (loop_of(part, env) for part in loops_in(node))
+    return [loop.name or "rounds" for loop in found if loop is not None and not loop.static]
 
 
 def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form) -> PyTree:

@@ -427,9 +427,7 @@ def _in_range(env: Env, taped: bool) -> tuple[Env, Array | None]:
             continue
         rounds: Any = loop.rounds
         most = limit(loop)
-        # So that the accounting knows of this loop, whatever is left of it.
-        with trips(loop.name or "rounds"):
-            wrong.append(rounds < 1)
+        wrong.append(rounds < 1)
         messages.append(f"{loop.name} must be at least 1 round")
         if most is not None:
             wrong.append(rounds > most)

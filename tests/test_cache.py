@@ -229,6 +229,37 @@ def test_a_block_of_ones_own_maps_over_its_batch(chunk, traced):
     np.testing.assert_allclose(got.swapaxes(0, 1), want, rtol=1e-5, atol=1e-5)
 
 
+class Sums(eqx.Module):
+    """A block with heads and attention of its own, over the whole batch: a sum of what is seen, weighed by `q k`."""
+
+    project: rx.nn.Linear
+
+    def __call__(self, state, *, key=None):
+        x, cache = rx.cache.open(state)
+        batch, t, _ = x.shape
+        heads = self.project(x).reshape(batch, t, 3, 2, WIDTH // 2)
+        q, k, v = jnp.moveaxis(heads, (2, 3), (0, 2))
+        cache = cache.append(k, v)
+
+        def step(total, k, v, visible):
+            return total + jnp.where(visible[..., None, :, :], q @ k.swapaxes(-2, -1), 0) @ v
+
+        out = cache.fold(step, jnp.zeros_like(q))
+        return cache.close(x + jnp.moveaxis(out, 1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_what_is_visible_broadcasts_over_the_batch(aligned):
+    body = rx.recur(Sums(rx.nn.Linear(WIDTH, 3 * WIDTH, key=jr.key(3))), 2)
+    x = 0.1 * jr.normal(jr.key(4), (2, TOKENS, WIDTH))
+    want = eqx.filter_jit(body)(x)
+    cache = rx.cache.make(body, x[:, :1], TOKENS, aligned=aligned, chunk=4)
+    state = eqx.filter_jit(body)(rx.cache.Stream(x[:, :5], cache.begin(5)))
+    np.testing.assert_allclose(state.x, want[:, :5], rtol=1e-5, atol=1e-5)
+    state = eqx.filter_jit(body)(rx.cache.Stream(x[:, 5:], state.cache.advance(5).begin(TOKENS - 5)))
+    np.testing.assert_allclose(state.x, want[:, 5:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_slot_that_is_well_filled_is_read_where_it_stands(separate):
     sizes = set()

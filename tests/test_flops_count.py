@@ -843,6 +843,31 @@ def test_traced_rounds_that_are_not_told_are_named():
         count(compose("A^r", r=2), STATE, trips={"r": 2})
 
 
+@pytest.mark.parametrize(
+    "text, rounds", [("A^r", {"r": 1}), ("(A^r B)^s", {"r": 1, "s": 1}), ("(A^r B)^s", {"r": 2, "s": 1})]
+)
+def test_a_loop_of_at_most_one_round_leaves_no_while_and_keeps_its_name(text, rounds):
+    most = {name: rx.Loop(1, max=r) for name, r in rounds.items()}
+    model = compose(text, **most)
+    cost = gradient(model, STATE, rounds, traced=True)
+    static = compose(text, **{name: rx.Loop(r, max=r, gradient=rx.gradient.Remat()) for name, r in rounds.items()})
+    parts = [matmuls(c) for c in (cost, gradient(static, STATE))]
+    assert all(parts[0][phase] == parts[1][phase] for phase in ("forward", "backward"))
+    assert all("rx." not in scope for scope in cost.by_scope())
+
+
+def test_a_loop_of_at_most_one_round_cannot_be_told_more():
+    model = compose("A^r", r=rx.Loop(1, max=1))
+    with pytest.raises(ValueError, match="of the loop named 'r' at most one round is counted.* got 5 in `trips`"):
+        gradient(model, STATE, {"r": 5}, traced=True)
+    # A name that no loop has is still an error.
+    grad = lambda model, n, x: jax.grad(lambda x: jnp.sum(rx.with_rounds(model, r=n)(x)))(x)
+    n = struct(dtype=jnp.int32)
+    assert count(grad, model, n, STATE, trips={"r": 1})
+    with pytest.raises(ValueError, match="no loop that is counted is named 'q'"):
+        count(grad, model, n, STATE, trips={"q": 1})
+
+
 def test_scopes_of_blocks_survive_traced_rounds():
     class Named(eqx.Module):
         inner: Mixer

@@ -1,5 +1,7 @@
 """Generated text is what the model says, token by token, however it is batched, streamed, stopped or drafted."""
 
+import inspect
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,23 @@ def test_greedy_text_and_its_log_probabilities():
     left = jnp.stack([jnp.roll(row, -int(n)) for row, n in zip(PROMPTS, LENGTHS)])
     prompts, lengths = G.to_right(left, jnp.arange(4) >= 4 - LENGTHS[:, None])
     assert G.tokens(MODEL, prompts, lengths=lengths, steps=STEPS, sampler=GREEDY).tokens.tolist() == out.tokens.tolist()
+
+
+def test_padding_may_be_any_number():
+    padded = jnp.where(jnp.arange(4) < LENGTHS[:, None], PROMPTS, jnp.array([VOCAB, -1, 2**30])[:, None])
+    same = {"lengths": LENGTHS, "steps": STEPS, "sampler": G.Sampler(temperature=0, repetition_penalty=1.5)}
+    want = G.tokens(MODEL, PROMPTS, **same)
+    for got in (G.tokens(MODEL, padded, **same), G.speculate(MODEL, padded, draft={"r": 1}, **same)):
+        assert got.tokens.tolist() == want.tokens.tolist()
+        np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
+    # By hand, too: nothing of the padding is left in the cache.
+    hidden, cache = eqx.filter_jit(MODEL.decode)(padded, MODEL.cache(3, 8), counts=LENGTHS)
+    last = jnp.take_along_axis(hidden, LENGTHS[:, None, None] - 1, axis=1)[:, 0]
+    assert MODEL.logits(last).argmax(-1).tolist() == [
+        continued(MODEL, PROMPTS[b, :n], 1)[0][0] for b, n in enumerate(LENGTHS)
+    ]
+    hidden, _ = eqx.filter_jit(MODEL.decode)(PROMPTS[:, :1], cache)
+    assert jnp.isfinite(hidden).all()
 
 
 def test_a_sequence_depends_on_its_own_key_alone():
@@ -259,6 +278,22 @@ def test_speculation_draws_from_the_deep_model(penalty):
     assert chi_square(of_first[:, 1], probs([*text, int(first)], rx.with_rounds(MODEL, r=1))) < 1e-4
 
 
+def test_speculation_with_starts_that_draw():
+    """They draw anew in each pass: the text has the distribution of that which is generated token by token."""
+    n, sampler = 4000, G.Sampler(temperature=1.3)
+    model = model_of(r=rx.Loop(3, inject=rx.injection.Add(), start=rx.start.Normal()))
+    prompts = jnp.broadcast_to(PROMPTS[:1], (n, 4))
+    out = G.speculate(model, prompts, draft={"r": 1}, ahead=2, steps=3, sampler=sampler, key=jr.key(5))
+    want = G.tokens(model, prompts, steps=3, sampler=sampler, key=jr.key(6))
+    assert 0.05 < float(out.accepted.sum() / out.drafted.sum()) < 0.95
+    for i in (1, 2):
+        pairs = [np.asarray(x.tokens[:, 0] * VOCAB + x.tokens[:, i]) for x in (out, want)]
+        counts = np.stack([np.bincount(x, minlength=VOCAB**2) for x in pairs])
+        rare = counts.sum(0) < 20
+        counts = np.append(counts[:, ~rare], counts[:, rare].sum(1, keepdims=True) + 1, axis=1)
+        assert scipy.stats.chi2_contingency(counts).pvalue > 1e-4
+
+
 def test_sequential_policies_run_a_prompt_token_by_token():
     model = model_of(r=rx.Loop(3, cache=rx.cache.Last()))
     read = lambda i, r: i if r is None else r - 1
@@ -290,6 +325,20 @@ def test_a_sweep_is_the_loss_at_each_depth():
         np.testing.assert_allclose(loss, total / weight, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"gradient": rx.gradient.Full()}, {"unroll": True}])
+def test_how_a_model_was_trained_does_not_bind_its_depth(options):
+    model = model_of(r=rx.Loop(3, **options))
+    batch = {"tokens": PROMPTS, "targets": PROMPTS[:, ::-1]}
+    losses = [G.sweep(m, rx.models.DecoderLM.loss, batch, [1, 5]) for m in (model, MODEL)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for rounds in (G.Until(G.StateChange(0.4), most=5), {"r": jnp.int32(2)}):
+        got, want = (
+            G.tokens(m, PROMPTS, steps=3, sampler=GREEDY, rounds=rounds)
+            for m in (model_of(r=rx.Loop(3, max=5, **options)), model_of(r=rx.Loop(3, max=5)))
+        )
+        assert got.tokens.tolist() == want.tokens.tolist()
+
+
 def test_what_is_refused():
     tokens = lambda **options: G.tokens(MODEL, PROMPTS, **{"steps": 2, "sampler": GREEDY, **options})
     with pytest.raises(ValueError, match="`steps` must be an integer of at least 1; got 0"):
@@ -298,6 +347,18 @@ def test_what_is_refused():
         tokens(lengths=[4, 0, 2])
     with pytest.raises(ValueError, match=r"one number for each of 3 prompts; got shape \[2\]"):
         tokens(lengths=[4, 2])
+    with pytest.raises(TypeError, match=r"`lengths` are integers from 1 to 4; got float32: \[2.9.*, 3.2.*, 4.0\]"):
+        tokens(lengths=[2.9, 3.2, 4])
+    with pytest.raises(TypeError, match=r"`rounds` are integers of at least 1; got \[1.9, 2\]"):
+        G.sweep(MODEL, rx.models.DecoderLM.loss, {}, iter([1.9, 2]))
+    with pytest.raises(ValueError, match=r"`rounds` are integers of at least 1; got \[2, 0\]"):
+        G.sweep(MODEL, rx.models.DecoderLM.loss, {}, [2, 0])
+    with pytest.raises(
+        ValueError, match=r"(?s)`rounds` are numbers of rounds by the names of loops.*got Until\(.*most=4"
+    ):
+        # Not the type checker's error.
+        speculate = inspect.unwrap(G.speculate)
+        speculate(MODEL, PROMPTS, draft={"r": 1}, steps=2, sampler=GREEDY, rounds=G.Until(G.KL(0.1), most=4))
     with pytest.raises(ValueError, match="`capacity` is 5 positions, but a prompt of 4, 2 steps need 6"):
         tokens(capacity=5)
     with pytest.raises(ValueError, match="give key="):

@@ -97,6 +97,10 @@ def test_bytes_and_contractions_are_what_is_written():
     slot = 2 * 16 * 4
     assert plain[0] == found["first"][0] == found["last 1"][0] == 2 * slot
     assert (found["every 2"][0], found["per visit"][0]) == (3 * slot, 4 * slot)
+    # Slots are for the rounds that are counted, whatever depths it is evaluated at.
+    deep = dataclasses.replace(s, depths=(1, 2, 3, 4, 8))
+    assert kv_sharing.costs(_arms.arm("A^2 B, every 2"), deep)[0] == 2 * slot
+    assert kv_sharing.costs(_arms.arm("A^3 B, every 2"), deep) == found["every 2"]
     # Each round that does not write saves its two maps.
     saved = 2 * 2 * 16 * 16
     assert found["per visit"][1] - found["first"][1] == 2 * saved

@@ -45,6 +45,12 @@ def test_adapters_nesting_and_models_around():
     assert rx.flops.parameters(abstract) == count
 
 
+def test_an_array_at_two_places_counts_twice_as_its_shape_does():
+    weight = jnp.ones((8, 8))
+    for leaf in (weight, jax.ShapeDtypeStruct(weight.shape, weight.dtype)):
+        assert rx.flops.parameters((leaf, leaf)) == rx.flops.Parameters(128, 128, 0)
+
+
 def test_adapters_in_a_visited_block_count_once():
     inner = rx.recur(blocks("A")["A"], rx.Loop(2, adapter=rx.adapters.FiLM(DIM)))
     wrapped = eqx.nn.Sequential([inner])

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from .._declare import counted_trips, Declared, declared, place
+from .._declare import counted_trips, Declared, declared, loops_of, place
 from ._cost import Amount, Cost, exact
 from ._rules import CALLS, COMBINERS, CONTRACTIONS, ELEMENTWISE
 
@@ -116,6 +116,8 @@ class _Walker:
         self.memo = {}
         self.path: list[JaxprEqn] = []
         self.named: set[str] = set()
+        # Loops of rinsx that are met, some of at most one round, which leaves no `while`.
+        self.met: set[str] = set()
         self.missing: dict[str, str] = {}
         # By the `id` of the equation, which may be visited again when more of its results turn out to be used.
         self.unknown: dict[str, dict[int, str]] = {}
@@ -135,12 +137,9 @@ class _Walker:
                 continue
             stack = str(eqn.source_info.name_stack)
             scope, phase = place(stack)
-            here = declared(stack, outer)
-            if here.trips is not None:
-                # Also where no loop is left: one of at most a single round is none.
-                self.named.add(here.trips[0])
+            self.met |= loops_of(stack)
             self.path.append(eqn)
-            parts, live_ins = self._equation(eqn, live_outs, here)
+            parts, live_ins = self._equation(eqn, live_outs, declared(stack, outer))
             self.path.pop()
             for part, factor in parts:
                 for (inner, inner_phase, name, kind), amount in part.items():
@@ -241,6 +240,7 @@ class _Walker:
         if value.isdecimal():
             trips = int(value)
         else:
+            self.named.add(value)
             if value not in self.trips:
                 self.missing.setdefault(value, self._where())
             trips = self.trips.get(value, 0)
@@ -299,7 +299,13 @@ class _Walker:
         for name, where in self.missing.items():
             lines.append(f"no number in `trips` for the loop named '{name}', {where}")
         for name in sorted(self.trips.keys() - self.named):
-            lines.append(f"no loop that is counted is named '{name}', as in `trips`")
+            if name not in self.met:
+                lines.append(f"no loop that is counted is named '{name}', as in `trips`")
+            elif self.trips[name] != 1:
+                lines.append(
+                    f"of the loop named '{name}' at most one round is counted, since its max is 1 or no result depends on "
+                    f"it; got {self.trips[name]} in `trips`"
+                )
         if lines:
             raise ValueError("FLOPs cannot be counted:\n  " + "\n  ".join(lines))
 

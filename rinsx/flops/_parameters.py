@@ -21,7 +21,8 @@ class Parameters:
     """How many parameters a model has: what [`rinsx.flops.parameters`][] returns."""
 
     unique: int
-    """Numbers stored: elements of floating arrays, each once."""
+    """Numbers stored: elements of floating arrays, however often they are visited. An array that stands at two places of a tree
+    counts twice, whether it is given as an array or as a shape: training makes two of it."""
     visited: int
     """Numbers used: the parameters of a block as often as it is visited, everything else, loops' own parts included, once."""
     adapters: int

@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from .._loop import loops_of, with_room, with_rounds
+from .._loop import forward_only, loops_of, with_room, with_rounds
 from ._sampler import Sampler
 from ._until import Until
 
@@ -79,12 +79,10 @@ def plan(
         model = with_room(model, **{until.loop: until.most})
     elif rounds is not None:
         model = with_rounds(model, **dict(rounds))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    if not all(loop.static for loop in loops_of(model)):
+        model = forward_only(model)
     aligned = lengths is None
-    lengths = jnp.full(batch, p, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-    if lengths.shape != (batch,):
-        raise ValueError(f"`lengths` has one number for each of {batch} prompts; got shape {list(lengths.shape)}")
-    if not isinstance(lengths, Tracer) and not bool(jnp.all((lengths >= 1) & (lengths <= p))):
-        raise ValueError(f"`lengths` are from 1 to {p}, the length of the longest prompt; got {lengths.tolist()}")
+    lengths = jnp.full(batch, p, jnp.int32) if lengths is None else _lengths(lengths, batch, p)
     if prefill not in (None, "parallel", "sequential"):
         raise ValueError(f"`prefill` is 'parallel' or 'sequential'; got {prefill!r}")
     one_by_one = prefill == "sequential" or (prefill is None and has_sequential(model))
@@ -100,6 +98,20 @@ def plan(
     aligned = aligned and not more and not (len(stop) > 0 and until is not None)
     settled = Plan(steps, capacity, one_by_one, aligned, sampler, tuple(stop), until, more)
     return model, prompts, lengths, _keys(key, batch, sampler), settled
+
+
+def _lengths(lengths: Any, batch: int, p: int) -> Int[Array, " batch"]:
+    """The length of each prompt, checked."""
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,):
+        raise ValueError(f"`lengths` has one number for each of {batch} prompts; got shape {list(lengths.shape)}")
+    known = not isinstance(lengths, Tracer)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        told = f": {lengths.tolist()}" if known else ""
+        raise TypeError(f"`lengths` are integers from 1 to {p}; got {lengths.dtype}{told}")
+    if known and not bool(jnp.all((lengths >= 1) & (lengths <= p))):
+        raise ValueError(f"`lengths` are from 1 to {p}, the length of the longest prompt; got {lengths.tolist()}")
+    return lengths.astype(jnp.int32)
 
 
 def _keys(key: Any, batch: int, sampler: Sampler) -> Key[Array, " batch"]:
@@ -120,6 +132,9 @@ def _keys(key: Any, batch: int, sampler: Sampler) -> Key[Array, " batch"]:
 def begin(model: PyTree, prompts: Array, lengths: Array, keys: Array, plan: Plan) -> tuple[PyTree, Drawn]:
     """Makes the model ready to be called many times, where it knows how; runs the prompts and draws the first tokens."""
     batch, p = prompts.shape
+    real = jnp.arange(p) < lengths[:, None]
+    # Padding may be any number: one that no token has would be embedded as NaN, which no weight of attention takes away.
+    prompts = jnp.where(real, prompts, 0)
     stops = plan.until is not None
     shapes = eqx.filter_eval_shape(lambda: model.cache(batch, p + plan.steps, stops=stops))
     kept = [shelf for shelf in shapes.layout.shelves if shelf is not None]
@@ -151,12 +166,12 @@ def begin(model: PyTree, prompts: Array, lengths: Array, keys: Array, plan: Plan
         behind = lengths - number * piece
         # All sequences are as long as the prompt where they are aligned; then what is padding is not kept by any.
         counts = jnp.clip(behind, 0, piece)
-        hidden, cache = model.decode(tokens, cache, counts=counts, key=_model_key(keys, number))
+        hidden, cache = model.decode(tokens, cache, counts=counts, key=model_key(keys, number))
         here = jnp.take_along_axis(hidden, jnp.clip(behind - 1, 0, piece - 1)[:, None, None], axis=1)[:, 0]
         mine = (behind >= 1) & (behind <= piece)
         return (cache, jnp.where(mine[:, None], here, last)), None
 
-    like = jax.eval_shape(lambda: model.decode(pieces[0], cache, key=_model_key(keys, 0))[0])
+    like = jax.eval_shape(lambda: model.decode(pieces[0], cache, key=model_key(keys, 0))[0])
     carry = (cache, jnp.zeros((batch, like.shape[-1]), like.dtype))
     numbers = jnp.arange(n, dtype=jnp.int32)
     if n == 1:
@@ -167,7 +182,6 @@ def begin(model: PyTree, prompts: Array, lengths: Array, keys: Array, plan: Plan
     logits = model.logits(last)
     seen = None
     if plan.sampler.repetition_penalty is not None:
-        real = jnp.arange(p) < lengths[:, None]
         seen = mark(jnp.zeros(logits.shape, bool), prompts, real)
     rounds = None if plan.until is None else jnp.full(batch, plan.until.most, jnp.int32)
     return model, _draw(logits, cache, jnp.zeros(batch, bool), seen, rounds, keys, 0, plan)
@@ -178,7 +192,7 @@ def after(model: PyTree, drawn: Drawn, keys: Array, i: Any, plan: Plan) -> Drawn
     # Sequences that are aligned stay so: what has ended goes on, unseen.
     counts = None if plan.aligned or not plan.stop else 1 - drawn.done.astype(jnp.int32)
     options = {} if plan.until is None else {"until": plan.until}
-    key = _model_key(keys, i + 2**30)
+    key = model_key(keys, i + 2**30)
     hidden, cache = model.decode(drawn.token[:, None], drawn.cache, counts=counts, key=key, **options)
     rounds = None if plan.until is None else cache.used
     return _draw(model.logits(hidden[:, 0]), cache, drawn.done, drawn.seen, rounds, keys, i, plan)
@@ -205,6 +219,6 @@ def has_sequential(model: PyTree) -> bool:
     return any(loop.cache is not None and not loop.cache.parallel for loop in loops_of(model))
 
 
-def _model_key(keys: Array, i: Any) -> Array:
+def model_key(keys: Array, i: Any) -> Array:
     """For starts that draw; of the first sequence, since one draw serves the whole batch."""
     return jr.fold_in(jr.fold_in(keys[0], 2**31 - 1), i)

@@ -16,8 +16,9 @@ from .._cache import Cache
 from .._check import at_least
 from .._loop import with_rounds
 from ._accept import accept
-from ._engine import begin, has_sequential, mark, Plan, plan, Prompts
+from ._engine import begin, has_sequential, mark, model_key, Plan, plan, Prompts
 from ._sampler import Sampler
+from ._until import Until
 
 
 class Speculation(NamedTuple):
@@ -59,6 +60,9 @@ def speculate(
     penalty included: each draft is penalised, and verified, by what stands before it. With temperature 0 it is what
     [`rinsx.generate.tokens`][] gives, up to ties. Whether it is faster depends on how often drafts stand: the result says.
 
+    Starts and blocks that draw random numbers from their key draw anew in each pass: then the text has the distribution of what
+    [`rinsx.generate.tokens`][] draws, but greedy text is not the same.
+
     !!! example
 
         ```python
@@ -88,9 +92,13 @@ def speculate(
     **Raises:**
 
     `ValueError` for loops with a sequential policy, whose deep pass over several tokens would not be what it is token by
-    token.
+    token, and for a [`rinsx.generate.Until`][] as `rounds`.
     """
     at_least(1, ahead=ahead)
+    if isinstance(rounds, Until):
+        raise ValueError(
+            f"`rounds` are numbers of rounds by the names of loops, the same for all tokens; got {rounds!r}"
+        )
     model, prompts, lengths, keys, settled = plan(
         model,
         prompts,
@@ -126,11 +134,13 @@ def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> 
         cache, token, seen, out, log_probs, counts, done, passes, drafted, accepted = carry
         # A key for each position, whatever was accepted before.
         here = jax.vmap(jr.fold_in)(keys, counts)
+        # And one for each run of the model, behind those of the prompt.
+        run = 2**30 + passes * (ahead + 1)
         before = cache.length
 
         def guess(carry, j):
             cache, token, seen = carry
-            hidden, cache = shallow.decode(token[:, None], cache)
+            hidden, cache = shallow.decode(token[:, None], cache, key=model_key(keys, run + j))
             probs = plan.sampler.log_probs(shallow.logits(hidden[:, 0]), seen)
             token = plan.sampler.draw(probs, jax.vmap(jr.fold_in, (0, None))(here, j))
             return (cache, token, mark(seen, token[:, None], jnp.ones((batch, 1), bool))), (token, probs, seen)
@@ -139,7 +149,8 @@ def _speculate(model, draft, prompts, lengths, keys, plan: Plan, ahead: int) -> 
         (cache, _, last), found = lax.scan(guess, drafts, jnp.arange(ahead))
         guesses, probs, ahead_of = jax.tree.map(lambda x: x.swapaxes(0, 1), found)
         cache = _with_rule(cache, "fill").rewind(before)
-        hidden, cache = model.decode(jnp.concatenate([token[:, None], guesses], 1), cache)
+        key = model_key(keys, run + ahead)
+        hidden, cache = model.decode(jnp.concatenate([token[:, None], guesses], 1), cache, key=key)
         logits = model.logits(hidden)
         if seen is not None:
             ahead_of = jnp.concatenate([ahead_of, last[:, None]], 1)  # pyright: ignore[reportOptionalSubscript]

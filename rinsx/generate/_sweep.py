@@ -1,5 +1,6 @@
 """The loss at many depths."""
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .._loop import with_room, with_rounds
+from .._loop import forward_only, with_room, with_rounds
 
 
 def sweep(
@@ -22,7 +23,8 @@ def sweep(
 ) -> Float[Array, " depths"]:
     """The loss of a batch at each number of rounds, in one executable: to see how a model does beyond the depth it was trained at.
 
-    Over a whole data set, at depths of several loops, see [`rinsx.train.evaluate`][].
+    The options `gradient`, `unroll` and `max` of the loops, which bind training only, do not count. Over a whole data set, at
+    depths of several loops, see [`rinsx.train.evaluate`][].
 
     !!! example
 
@@ -41,19 +43,28 @@ def sweep(
     - `model`: a model with a loop of that name.
     - `loss`: `(model, batch, key) -> (total, weight)`.
     - `batch`, `key`: as `loss` takes them.
-    - `rounds`: the numbers of rounds.
+    - `rounds`: the numbers of rounds, integers of at least 1.
     - `loop`: the name of the loop.
 
     **Returns:**
 
     The mean loss, `total / weight`, at each number of rounds, in their order.
+
+    **Raises:**
+
+    `TypeError` for rounds that are not integers, and `ValueError` for rounds below 1 or none at all.
     """
-    depths = jnp.asarray(list(rounds), jnp.int32)
-    if depths.size == 0 or int(depths.min()) < 1:
-        raise ValueError(f"`rounds` are numbers of at least 1; got {depths.tolist()}")
+    given = list(rounds)
+    try:
+        depths = [operator.index(r) for r in given]
+    except TypeError:
+        raise TypeError(f"`rounds` are integers of at least 1; got {given}") from None
+    if min(depths, default=0) < 1:
+        raise ValueError(f"`rounds` are integers of at least 1; got {depths}")
     # One signature of the compiled program, whatever the model is bound to.
-    model = with_room(with_rounds(model, **{loop: jnp.int32(1)}), **{loop: int(depths.max())})
-    return _sweep(model, loss, batch, depths, loop, key)
+    model = with_rounds(forward_only(model), **{loop: jnp.int32(1)})
+    model = with_room(model, **{loop: max(depths)})
+    return _sweep(model, loss, batch, jnp.asarray(depths, jnp.int32), loop, key)
 
 
 @eqx.filter_jit

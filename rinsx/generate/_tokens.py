@@ -79,7 +79,7 @@ def tokens(
     **Arguments:**
 
     - `model`: a [`rinsx.models.DecoderLM`][], or any model with its methods `cache`, `decode` and `logits`.
-    - `prompts`: integers `[batch, p]`, padded on the right; [`rinsx.generate.to_right`][] turns padding on the left.
+    - `prompts`: integers `[batch, p]`, padded on the right with any; [`rinsx.generate.to_right`][] turns padding on the left.
     - `steps`: how many tokens to generate at most.
     - `sampler`: how tokens are drawn; by default as the model says, `Sampler()`.
     - `key`: one key, which is folded with the number of each sequence; or an array with a key for each, so that what
@@ -97,7 +97,7 @@ def tokens(
 
     **Raises:**
 
-    `ValueError` for prompts, lengths, steps and capacity that do not fit each other.
+    `ValueError` for prompts, lengths, steps and capacity that do not fit each other, `TypeError` for lengths that are not integers.
     """
     model, prompts, lengths, keys, settled = plan(
         model,

@@ -267,8 +267,8 @@ class DecoderLM(eqx.Module):
 
         - `tokens`: the next `t` tokens of each sequence.
         - `cache`: of `cache`, or the one that the last call has returned.
-        - `counts`: how many of the `t` tokens are there, from the left; the rest is padding, and nothing of it is kept. By
-            default all.
+        - `counts`: how many of the `t` tokens are there, from the left; the rest is padding, any integers, and nothing of it is
+            kept. By default all.
         - `until`: a [`rinsx.generate.Until`][]: run a loop for as many rounds as each sequence needs, one token at a time. No round
             waits for a sequence of no `counts`.
         - `key`: for starts and blocks that draw random numbers.
@@ -282,6 +282,9 @@ class DecoderLM(eqx.Module):
         An error if the cache is full, or has no slots for so many rounds.
         """
         t = tokens.shape[1]
+        if counts is not None:
+            # Padding that no token has would be embedded as NaN, which no weight of attention takes away.
+            tokens = jnp.where(jnp.arange(t) < jnp.asarray(counts)[..., None], tokens, 0)
         cache = cache.begin(t)
         turns = rotary(cache.positions(t), self.config.width // self.config.heads, base=self.config.rope_base)
         dtype = jnp.dtype(self.config.dtype)

@@ -1,6 +1,5 @@
 """Losses over a whole data set, at every depth of interest."""
 
-import dataclasses
 import itertools as it
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._loop import map_loops, with_room, with_rounds
+from .._loop import forward_only, with_room, with_rounds
 from ._mesh import share_out
 from ._step import Loss
 
@@ -125,9 +124,7 @@ def _collect(seen: dict[tuple[int, ...], list[Any]], late: dict[tuple[int, ...],
 @eqx.filter_jit
 def _losses(loss, names, mesh, model, batch, key, depth) -> tuple[Array, Array]:
     if names:
-        # What is stored for gradients, and whether rounds are unrolled, binds training only.
-        free = map_loops(lambda loop: dataclasses.replace(loop, gradient=None, unroll=None), model)
-        model = with_rounds(free, **dict(zip(names, depth)))
+        model = with_rounds(forward_only(model), **dict(zip(names, depth)))
     total, weight = loss(model, batch, key)
     out = jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
     if mesh is not None:
