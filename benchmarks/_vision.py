@@ -156,7 +156,9 @@ def _names(setting: Setting) -> tuple[str, ...]:
     found: dict[Any, tuple[str, str]] = {}
     for path in (*setting.train, *setting.test):
         table = pq.read_table(path, columns=[setting.label, setting.names])
-        for label, name in set(zip(*(table[column].to_pylist() for column in (setting.label, setting.names)))):
+        for label, name in dict.fromkeys(
+            zip(*(table[column].to_pylist() for column in (setting.label, setting.names)))
+        ):
             known, first = found.setdefault(label, (name, path))
             if name != known:
                 raise SystemExit(
