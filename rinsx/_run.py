@@ -1,7 +1,9 @@
 """Runs a program whose numbers of rounds are Python integers; JAX differentiates it in every mode.
 
-A loop is rolled into a `lax.scan`, with the input of each visit stored and the rest computed again when its
-gradient is due, or unrolled. A loop whose number of rounds is traced is handed to `_tape.py`.
+A loop is unrolled, with everything stored; or rolled into a `lax.scan`, with the input of each visit stored and the rest
+computed again when its gradient is due, and its last rounds behind the scan, with everything stored. The way back begins
+with these, so that what they store is gone before the first round is computed again. A loop whose number of rounds is
+traced is handed to `_tape.py`.
 """
 
 from typing import NamedTuple
@@ -29,7 +31,7 @@ from ._program import (
     Visit,
 )
 from ._stack import Stack
-from ._unroll import unrolls
+from ._unroll import kept, unrolls
 from ._visit import apply, begin, Opening, stop_gradient, without_cache
 from .gradient import AbstractStorage, Full, Remat
 
@@ -91,20 +93,24 @@ def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form)
         at = in_round(inside.after(each, i - node.first), node, env, i)
         return run(node.body, state, at, env, form, opening)
 
-    def between(low, high, env, entry, state):
+    def between(low, high, env, entry, state, differentiated=True):
         if _observe.active():
             state, seen = _observe.named(state)
             for i in range(low, high):
                 state, seen = _observe.round_ends(node, env, i, seen, one(env, entry, form, state, i))
             return state
-        unroll = high - low <= 1 or _unrolls(node, high - low, state, env, form)
-        inner = form._replace(rolled=form.rolled or not unroll)
-        if unroll:
-            for i in range(low, high):
-                state = one(env, entry, inner, state, i)
-            return state
-        step = lambda state, i: (one(env, entry, inner, state, i), None)
-        return lax.scan(step, state, jnp.arange(low, high, dtype=jnp.int32))[0]
+        if high - low > 1 and not _unrolls(node, high - low, state, env, form):
+            start, low = low, high - (_kept(node, high - low, env, form) if differentiated else 0)
+            if low - start == 1:
+                # XLA inlines a loop of one round, and would store everything of it.
+                state = one(env, entry, form._replace(storage=Remat()), state, start)
+            else:
+                inner = form._replace(rolled=True)
+                step = lambda state, i: (one(env, entry, inner, state, i), None)
+                state = lax.scan(step, state, jnp.arange(start, low, dtype=jnp.int32))[0]
+        for i in range(low, high):
+            state = one(env, entry, form, state, i)
+        return state
 
     last = last_of(node, env)
     if last is None or total <= last:
@@ -112,7 +118,7 @@ def _run_rounds(node: Rounds, state: PyTree, place: Place, env: Env, form: Form)
     # What comes before the last rounds is made of constants, so that nothing of it is stored; stopping the gradient
     # of its result alone would still store it.
     start = max(total - last, node.first)
-    state = between(node.first, start, stop_gradient(env), stop_gradient(entry), stop_gradient(state))
+    state = between(node.first, start, stop_gradient(env), stop_gradient(entry), stop_gradient(state), False)
     return finish(between(start, total, env, entry, stop_gradient(state)), place, node, env, total)
 
 
@@ -126,6 +132,19 @@ def _unrolls(node: Rounds, rounds: int, state: PyTree, env: Env, form: Form) -> 
         return loop.unroll
     if shelves:
         return False
+    return not form.rolled and unrolls(rounds * _visits(node, env), state)
+
+
+def _kept(node: Rounds, rounds: int, env: Env, form: Form) -> int:
+    """How many of the last rounds of a rolled loop stand behind it, unless its options or a cache say how it is run."""
+    loop = loop_of(node, env)
+    chosen = form.rolled or form.storage is not None or (loop is not None and loop.unroll is not None)
+    if chosen or not (env.layout is None or env.layout.whole):
+        return 0
+    return kept(rounds, _visits(node, env))
+
+
+def _visits(node: Rounds, env: Env) -> int:
+    """The number of layers that a round visits."""
     depths = [block.depth if isinstance(block, Stack) else 1 for block in env.blocks]
-    visits = rounds * sum(depth * visits for depth, visits in zip(depths, tally(node.body, env).visits))
-    return not form.rolled and unrolls(visits, state)  # pyright: ignore[reportArgumentType]
+    return sum(depth * visits for depth, visits in zip(depths, tally(node.body, env).visits))  # pyright: ignore[reportReturnType]

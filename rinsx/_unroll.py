@@ -1,4 +1,4 @@
-"""Whether a loop is rolled or unrolled, where nobody has said: what measures best on the backend."""
+"""How much of a loop is rolled and how much unrolled, where nobody has said: what measures best on the backend."""
 
 import jax
 import jax.tree_util as jtu
@@ -26,3 +26,17 @@ def unrolls(visits: int, state: PyTree) -> bool:
         return False
     saved = visits * sum(leaf.size * leaf.dtype.itemsize for leaf in jtu.tree_leaves(state))
     return visits <= _FEW or (visits <= _MANY and saved <= _CACHE)
+
+
+def kept(rounds: int, visits: int) -> int:
+    """How many of the last rounds of a rolled loop are unrolled behind it by default, with everything stored.
+
+    One takes no more memory than the same model without recursion.
+
+    **Arguments:**
+
+    - `rounds`: the number of rounds, of at least 2.
+    - `visits`: the number of layers that a round visits.
+    """
+    few = _FEW // max(visits, 1) if jax.default_backend() == "cpu" else 0
+    return min(max(few, 1), rounds - 1)

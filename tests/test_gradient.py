@@ -5,9 +5,10 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 
 import rinsx as rx
+from rinsx import _unroll
 
 from .helpers import assert_close, blocks, DIM, naive, Noisy, option, signatures, value_and_grads
 from .test_operators import build, inputs, KEY, rounds, small
@@ -94,8 +95,54 @@ def test_memory_of_truncation_and_rematerialisation():
     full, remat = rx.gradient.Full(), rx.gradient.Remat()
     assert measure(64, full) > 4 * measure(64, remat)
     assert measure(64, remat) <= 1.3 * measure(2, remat) + 62 * x.nbytes
+    # By default the last four visits store all, and the others a state each.
+    default = lambda rounds: temporary(rx.Loop(rounds), x, block)
+    assert default(64) <= 1.1 * default(4) + measure(2, remat) + 60 * x.nbytes
     assert measure(64, rx.gradient.Last(2, full)) <= 1.1 * measure(3, rx.gradient.Last(2, full))
     assert measure(64, rx.gradient.Last(2, remat)) <= 1.1 * measure(3, rx.gradient.Last(2, remat))
+
+
+@given(signatures(), rounds, st.sampled_from(["plain", "all", "inject"]), st.integers(0, 3), st.sampled_from([None, 2]))
+@example("A^r B", {"r": 3, "s": 1}, "all", 0, None)
+@example("A^r B", {"r": 3, "s": 1}, "plain", 2, 2)
+@example("(A^r B)^s", {"r": 2, "s": 3}, "all", 0, None)
+def test_a_loop_rolled_by_default_is_the_naive_one(text, rounds, options, few, last):
+    """Whatever a backend unrolls: no more than `few` visits, and so many behind a loop."""
+    assume(small(text, rounds))
+    gradient = None if last is None else rx.gradient.Last(last)
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_unroll, "_FEW", few)
+        patch.setattr(_unroll, "_MANY", 0)
+        model = build(text, rounds, options, gradient=gradient)
+        x, scale = inputs()
+        call = lambda model, *args, key: model(*args, key=key)
+        assert_close(value_and_grads(call, model, x, scale, KEY), value_and_grads(naive, model, x, scale, KEY))
+
+
+@pytest.mark.parametrize(
+    ("backend", "rounds", "width", "stored"),
+    [
+        ("cpu", 16, 1, 16),
+        ("cpu", 17, 1, 4),
+        ("cpu", 5, 2**18, 4),
+        ("cpu", 4, 2**18, 4),
+        ("gpu", 2, 1, 1),
+        ("gpu", 9, 1, 1),
+    ],
+)
+def test_the_last_rounds_of_a_rolled_loop_are_not_computed_again(monkeypatch, backend, rounds, width, stored):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    weight = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    visit = 2 * width * width
+    block = lambda weight: rx.lift(lambda x: jnp.tanh(x @ weight))
+    loss = lambda weight, x: jnp.sum(rx.recur(block(weight), rounds)(x))
+    cost = rx.flops.count(jax.grad(loss, (0, 1)), weight, jax.ShapeDtypeStruct((width,), jnp.float32)).matmul
+    assert cost == (4 * (rounds - stored) + 3 * stored) * visit
+    remat = lambda weight, x: jnp.sum(
+        rx.recur(block(weight), rx.Loop(rounds, unroll=False, gradient=rx.gradient.Remat()))(x)
+    )
+    shapes = weight, jax.ShapeDtypeStruct((width,), jnp.float32)
+    assert rx.flops.count(jax.grad(remat, (0, 1)), *shapes).matmul == 4 * rounds * visit
 
 
 def test_a_loop_inherits_storage_from_the_loops_around():
