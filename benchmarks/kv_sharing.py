@@ -31,7 +31,7 @@ import jax.random as jr
 import matplotlib
 import numpy as np
 import tyro
-from _arms import arm as arm_of, bits_per_byte, build, Evaluator, load, policy
+from _arms import arm as arm_of, bits_per_byte, build, documents, Evaluator, load, policy
 from rich.console import Console
 
 import rinsx as rx
@@ -168,14 +168,16 @@ class Row:
     difference: Any
 
 
-def rows_of(arms: list[Any], results: list[Any], inference: dict[str, list[dict[str, Any]]]) -> list[Row]:
+def rows_of(
+    arms: list[Any], results: list[Any], inference: dict[str, list[dict[str, Any]]], document: np.ndarray
+) -> list[Row]:
     """All lines. Trained arms share one interval; the others have each their own, since what is not trained spreads otherwise."""
     by_arm = [sorted((r for r in results if r["arm"] == arm.name), key=lambda r: r["seed"]) for arm in arms]
 
     def compared(groups, baseline):
         losses = np.array([[r["bits_per_byte"] for r in runs] for runs in groups])
         bits = np.array([[r["windows"]["nats"] for r in runs] for runs in groups]) / math.log(2)
-        return differences(losses, bits, np.array(groups[0][0]["windows"]["bytes"]), baseline)
+        return differences(losses, bits, np.array(groups[0][0]["windows"]["bytes"]), baseline, document)
 
     rows = [Row(arm.cache, True, arm, runs, d) for arm, runs, d in zip(arms, by_arm, compared(by_arm, 1))]
     rows[0] = dataclasses.replace(rows[0], label=f"{arms[0].name} (plain)")
@@ -186,7 +188,14 @@ def rows_of(arms: list[Any], results: list[Any], inference: dict[str, list[dict[
 
 
 def report(
-    options: Any, setting: Any, planned: Any, results: list[Any], rows: list[Row], control: list[Any], wall: float
+    options: Any,
+    setting: Any,
+    planned: Any,
+    results: list[Any],
+    rows: list[Row],
+    document: np.ndarray,
+    control: list[Any],
+    wall: float,
 ) -> None:
     """Prints and writes what was found."""
     plain, visits = rows[0], rows[1]
@@ -243,7 +252,7 @@ def report(
         f"{len(visits.runs[0]['windows']['bytes'])} windows of held-out text of {setting.length} bytes; lower is better.",
         *said(trained, ".4f", "bits per byte"),
         "That is of trained models. At inference only, each policy has a deviation of its own.",
-        f"The standard error of a difference over windows, apart from that, is up to {max(r.difference.windows for r in rows):.4f}.",
+        _report.over_documents(document, [row.difference for row in rows]),
         "Decoding token by token with a slot for each visit is checked against the forward pass: "
         f"their losses differ by up to {gap:.1e} bits per byte"
         + (f", log-probabilities by up to {max(exact):.1e} from those of a window at once." if exact else "."),
@@ -342,7 +351,9 @@ def main() -> None:
         print(f"at inference: {name}", flush=True)
         inference[name] = [at_inference(options, setting, arms[1], job, name) for job in kept]
     control = inference.pop("per visit")
-    report(options, setting, planned, results, rows_of(arms, results, inference), control, time.perf_counter() - begin)
+    document = documents(load(setting).report, setting.windows)
+    rows = rows_of(arms, results, inference, document)
+    report(options, setting, planned, results, rows, document, control, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
