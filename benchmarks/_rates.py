@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,14 @@ class Sweeps:
     show: Callable[[float], str]
 
     def rates(self, options: Any, setting: Any, names: list[str]) -> dict[str, float]:
-        """The learning rate of each arm: as asked, or as tuned for the nearest shapes at which it was tuned. Prints where that is not
-        what was asked for: other shapes, and arms that were never tuned."""
+        """The learning rate of each arm: as asked, or as tuned for the nearest shapes at which it was tuned; none where
+        they are to be swept. Prints where that is not what was asked for: other shapes, and arms that were never tuned."""
+        if options.tune and options.learning_rate is not None:
+            raise SystemExit(
+                f"--tune sweeps --grid, and --learning-rate {options.learning_rate:g} would fix it: give one"
+            )
+        if options.tune:
+            return {}
         if options.learning_rate is not None:
             return {name: options.learning_rate for name in names}
         sweeps = self._nearest(options, setting)
@@ -76,14 +83,13 @@ class Sweeps:
         return found
 
     def tuned(self, options: Any, setting: Any, arms: list[Any], results: list[Any], data: list[str]) -> None:
-        """Prints and writes a sweep over `data`."""
+        """Prints and writes a sweep over `data`: the mean over seeds of each arm and rate."""
         from _report import hardware, rich_table
         from rich.console import Console
 
         grid = sorted(options.grid)
-        table = {
-            arm.name: {r["learning_rate"]: r[self.metric] for r in results if r["arm"] == arm.name} for arm in arms
-        }
+        found = lambda name, rate: [r[self.metric] for r in results if (r["arm"], r["learning_rate"]) == (name, rate)]
+        table = {arm.name: {rate: statistics.fmean(found(arm.name, rate)) for rate in grid} for arm in arms}
         best = {name: self.best(found, key=lambda rate: found[rate]) for name, found in table.items()}
         star = lambda name, rate: "*" if rate == best[name] else ""
         rows = [[name, *(self.show(found[rate]) + star(name, rate) for rate in grid)] for name, found in table.items()]
@@ -94,6 +100,7 @@ class Sweeps:
         sweep = {
             **{name: getattr(setting, name) for name in dict.fromkeys((*self.same, *self.near, *self.shape))},
             "data": data,
+            "seeds": options.seeds,
             "machine": hardware(),
             self.plural: {name: {f"{rate:g}": found[rate] for rate in grid} for name, found in table.items()},
             "best": best,

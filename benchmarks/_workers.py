@@ -123,7 +123,7 @@ def jobs_of(
     for arm in arms:
         row = {"steps": planned[arm.name].steps, "total": float(planned[arm.name].total)}
         for rate in options.grid if options.tune else [rates[arm.name]]:
-            for seed in range(1 if options.tune else options.seeds):
+            for seed in range(options.seeds):
                 name = identity(arm, seed, rate, row["steps"])
                 folder = None if options.save_every is None else str((options.output / "checkpoints" / name).resolve())
                 jobs.append(

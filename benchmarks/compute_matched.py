@@ -99,7 +99,8 @@ class Options:
     save_every: int | None = None
     """Save checkpoints after so many steps, for long runs. By default a run that is interrupted starts over."""
     tune: bool = False
-    """Sweep the learning rate of each arm instead, on text that is not reported on, and write `tuned.json` into the output folder."""
+    """Sweep the learning rate of each arm instead, over all seeds, on text that is not reported on, and write `tuned.json` into the
+    output folder."""
     grid: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
     """The learning rates to sweep."""
 
@@ -156,7 +157,7 @@ def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[s
     arms = [judged(arm(text), setting) for text in dict.fromkeys(options.arms)]
     planned = plan(arms, setting)
     fingerprint = load(setting).fingerprint
-    found = SWEEPS.rates(options, setting, [a.name for a in arms]) if not options.tune else {}
+    found = SWEEPS.rates(options, setting, [a.name for a in arms])
     name = lambda a, seed, rate, steps: identity(a, setting, seed, rate, f"{fingerprint} {options.tune} {steps}")
     return arms, planned, _workers.jobs_of(options, setting, arms, planned, found, name, keep=None)
 

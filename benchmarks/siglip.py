@@ -101,7 +101,8 @@ class Options:
     workers: int | None = None
     """Processes that train side by side, each on one core. By default one for each core; 1 where there is an accelerator."""
     tune: bool = False
-    """Sweep the learning rate of each arm instead, on images that are not reported on; `tuned_vision.json` in the output folder."""
+    """Sweep the learning rate of each arm instead, over all seeds, on images that are not reported on; `tuned_vision.json` in the
+    output folder."""
     grid: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02, 0.04)
     """The learning rates to sweep."""
 
@@ -147,7 +148,7 @@ def jobs_of(options: Options, setting: Any, arms: list[Any], planned: Any) -> li
     """All runs, those of one arm together."""
     from _vision import identity
 
-    found = {} if options.tune else SWEEPS.rates(options, setting, [arm.name for arm in arms])
+    found = SWEEPS.rates(options, setting, [arm.name for arm in arms])
     name = lambda arm, seed, rate, steps: identity(arm, setting, seed, rate, steps, options.tune)
     return _workers.jobs_of(options, setting, arms, planned, found, name, prefetch=options.prefetch)
 

@@ -1,5 +1,6 @@
 """Configures hypothesis and JAX once for the whole suite."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -24,6 +25,9 @@ import hypothesis
 import jax
 import pytest
 
+
+# Tracing makes many objects and few cycles: collected as often as Python does by default, a tenth of the time goes there.
+gc.set_threshold(50_000, 20, 100)
 
 # Without shrinking: an example compiles, so making a failure smaller can take hours.
 phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]

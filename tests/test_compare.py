@@ -346,11 +346,17 @@ def test_the_job_runs_resumes_and_reports(tmp_path):
 
 
 def test_the_job_tunes(tmp_path):
-    arms = ["--arms", "A B", "--tune", "--grid", "0.001", "0.01", "0.1"]
+    arms = ["--arms", "A B", "--tune", "--learning-rate", "None", "--grid", "0.001", "0.01", "0.1"]
     ran = subprocess.run(command(tmp_path, *arms), env=environment(), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     (sweep,) = json.loads((tmp_path / "tuned.json").read_text("utf-8"))["sweeps"]
-    assert set(sweep["losses"]["A B"]) == {"0.001", "0.01", "0.1"} and sweep["best"]["A B"] in (0.001, 0.01, 0.1)
+    runs = [json.loads(path.read_text("utf-8")) for path in (tmp_path / "runs").iterdir()]
+    assert sorted((run["learning_rate"], run["seed"]) for run in runs) == [
+        (x, y) for x in (0.001, 0.01, 0.1) for y in (0, 1)
+    ]
+    means = {x: sum(run["bits_per_byte"] for run in runs if run["learning_rate"] == x) / 2 for x in (0.001, 0.01, 0.1)}
+    assert sweep["seeds"] == 2 and sweep["losses"]["A B"] == pytest.approx({f"{x:g}": means[x] for x in means})
+    assert sweep["best"]["A B"] == min(means, key=lambda x: means[x])
     assert compute_matched.SWEEPS.rates(
         dataclasses.replace(compute_matched.Options(), output=tmp_path), setting(), ["A B", "A^9 B"]
     ) == {"A B": sweep["best"]["A B"], "A^9 B": sweep["best"]["A B"]}
