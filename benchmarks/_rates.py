@@ -36,11 +36,11 @@ class Sweeps:
     def rates(self, options: Any, setting: Any, names: list[str]) -> dict[str, float]:
         """The learning rate of each arm: as asked, or as tuned for the nearest shapes at which it was tuned; none where
         they are to be swept. Prints where that is not what was asked for: other shapes, and arms that were never tuned."""
-        if options.tune and options.learning_rate is not None:
-            raise SystemExit(
-                f"--tune sweeps --grid, and --learning-rate {options.learning_rate:g} would fix it: give one"
-            )
         if options.tune:
+            if options.learning_rate is not None:
+                raise SystemExit(
+                    f"--tune sweeps --grid, and --learning-rate {options.learning_rate:g} would fix it: give one"
+                )
             return {}
         if options.learning_rate is not None:
             return {name: options.learning_rate for name in names}
@@ -88,8 +88,8 @@ class Sweeps:
         from rich.console import Console
 
         grid = sorted(options.grid)
-        found = lambda name, rate: [r[self.metric] for r in results if (r["arm"], r["learning_rate"]) == (name, rate)]
-        table = {arm.name: {rate: statistics.fmean(found(arm.name, rate)) for rate in grid} for arm in arms}
+        of = lambda name, rate: [r[self.metric] for r in results if (r["arm"], r["learning_rate"]) == (name, rate)]
+        table = {arm.name: {rate: statistics.fmean(of(arm.name, rate)) for rate in grid} for arm in arms}
         best = {name: self.best(found, key=lambda rate: found[rate]) for name, found in table.items()}
         star = lambda name, rate: "*" if rate == best[name] else ""
         rows = [[name, *(self.show(found[rate]) + star(name, rate) for rate in grid)] for name, found in table.items()]

@@ -11,8 +11,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from _arms import documents, load, MEANINGS
+from _arms import MEANINGS
 from _machine import machine
+from _text import documents, load
 from rich.console import Console
 from rich.live import Live as RichLive
 from rich.table import Table

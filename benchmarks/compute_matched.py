@@ -152,7 +152,8 @@ def work() -> None:
 
 def jobs_of(options: Options, setting: Any) -> tuple[list[Any], Any, list[dict[str, Any]]]:
     """The arms, the plan, and all runs, those of one arm together."""
-    from _arms import arm, identity, judged, load, plan
+    from _arms import arm, identity, judged, plan
+    from _text import load
 
     arms = [judged(arm(text), setting) for text in dict.fromkeys(options.arms)]
     planned = plan(arms, setting)

@@ -31,7 +31,8 @@ import jax.random as jr
 import matplotlib
 import numpy as np
 import tyro
-from _arms import arm as arm_of, bits_per_byte, build, documents, Evaluator, load, policy
+from _arms import arm as arm_of, build, policy
+from _text import bits_per_byte, documents, Evaluator, load
 from rich.console import Console
 
 import rinsx as rx

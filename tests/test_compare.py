@@ -26,6 +26,7 @@ import _statistics
 
 import _arms
 import _report
+import _text
 import _workers
 import compute_matched
 
@@ -153,8 +154,8 @@ def test_the_document_of_a_window_is_that_of_its_middle():
     tokens = rx.data.tokenize(rx.data.documents(["a" * 30, "b" * 3, "c" * 20]), rx.data.Bytes()).subset([0, 2])
     windows = rx.data.Windows(tokens, 10, drop_last=False)
     # Of 31 tokens and 21: the window of tokens 30 to 39 has the middle 35, and the last one is filled up.
-    assert _arms.documents(windows, 99).tolist() == [0, 0, 0, 2, 2, 2]
-    assert _arms.documents(windows, 2).tolist() == [0, 2]
+    assert _text.documents(windows, 99).tolist() == [0, 0, 0, 2, 2, 2]
+    assert _text.documents(windows, 2).tolist() == [0, 2]
 
 
 def test_a_law_of_many_depths_is_trained_and_judged_at_its_most(tmp_path, monkeypatch):
@@ -184,7 +185,7 @@ def test_a_law_of_many_depths_is_trained_and_judged_at_its_most(tmp_path, monkey
     told = (tmp_path / "results.md").read_text("utf-8")
     assert "The stochastic arm is judged at its most rounds, 5." in told
     assert (
-        f"over the {len(np.unique(_arms.documents(_arms.load(s).report, 16)))} documents that the windows are of"
+        f"over the {len(np.unique(_text.documents(_text.load(s).report, 16)))} documents that the windows are of"
         in told
     )
 
@@ -215,7 +216,7 @@ def test_json_lines_are_told_by_their_suffix(tmp_path):
             (place / name).write_text('{"text": "one", "other": 1}\n', "utf-8")
     (folder / ".hidden").write_text("no", "utf-8")
     (mixed / "c.txt").write_text("plain", "utf-8")
-    read = lambda *paths: list(_arms._source(tuple(map(str, paths)), "text").documents())
+    read = lambda *paths: list(_text._source(tuple(map(str, paths)), "text").documents())
     assert read(folder / "b.ndjson") == ["one"]
     assert read(folder) == read(folder / "*") == read(folder / "a.jsonl", folder / "b.ndjson") == ["one", "one"]
     assert read(mixed / "c.txt") == read(mixed / "*.txt") == ["plain"]
@@ -282,7 +283,7 @@ def test_any_signature_is_an_arm():
 
 def test_windows_to_tune_on_and_to_report_on_share_nothing(tmp_path):
     s = dataclasses.replace(setting(), cache=str(tmp_path))
-    data = _arms.load(s)
+    data = _text.load(s)
     spans = lambda windows: {tuple(span) for span in np.asarray(windows.tokens.spans)}
     parts = [spans(x) for x in (data.train, data.tune, data.report)]
     assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
@@ -360,6 +361,13 @@ def test_the_job_tunes(tmp_path):
     assert compute_matched.SWEEPS.rates(
         dataclasses.replace(compute_matched.Options(), output=tmp_path), setting(), ["A B", "A^9 B"]
     ) == {"A B": sweep["best"]["A B"], "A^9 B": sweep["best"]["A B"]}
+
+
+def test_a_sweep_takes_no_learning_rate():
+    options = dataclasses.replace(compute_matched.Options(), tune=True)
+    assert compute_matched.SWEEPS.rates(options, setting(), ["A B"]) == {}
+    with pytest.raises(SystemExit, match="--tune sweeps --grid, and --learning-rate 0.02 would fix it"):
+        compute_matched.SWEEPS.rates(dataclasses.replace(options, learning_rate=0.02), setting(), ["A B"])
 
 
 def test_a_run_that_fails_is_named(tmp_path):

@@ -23,6 +23,7 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import _arms
+import _text
 import compute_matched
 import kv_sharing
 
@@ -57,7 +58,7 @@ def test_token_by_token_is_the_forward_pass_across_documents_where_nothing_is_sh
     model = _arms.build(_arms.arm("A^3 B"), setting(), jr.key(0))
     windows = batch([[], [3], [1, 6], []])
     found = kv_sharing.measure(model, windows)
-    nats, sizes = _arms.nats_and_bytes(model, jax.tree.map(jnp.asarray, windows), None)
+    nats, sizes = _text.nats_and_bytes(model, jax.tree.map(jnp.asarray, windows), None)
     assert np.allclose(found["nats"], nats, rtol=1e-5) and np.array_equal(found["bytes"], sizes)
     # Of one document, and without padding.
     assert found["single"].tolist() == [True, False, False, False]
